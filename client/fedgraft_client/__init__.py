@@ -1,0 +1,1 @@
+"""Everything a site runs: its data, DP training, head and store."""

@@ -1,0 +1,72 @@
+"""A site's own output layer: linear, over the backbone's features, never sent.
+
+Shapes: N records, D features, K classes of this site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from fedgraft_common.plan import Plan
+
+
+class LinearHead(nn.Module):
+    """Logits (N, K) from features (N, D), which are first brought to unit length.
+
+    Unit length keeps a fixed prototype head on one scale for every backbone and bounds the
+    gradient a single record can cause.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Unnormalised log-probabilities."""
+        logits: torch.Tensor = self.linear(nn.functional.normalize(features, dim=-1))
+        return logits
+
+
+def initial_head(plan: Plan, classes: tuple[str, ...], features: int) -> LinearHead:
+    """The head a site starts a run with: zeros (private), or frozen prototypes (fixed)."""
+    head = LinearHead(features, len(classes))
+    if plan.head.training == "fixed":
+        weight = simplex_prototypes(plan.seed, classes, features) * plan.head.scale
+        with torch.no_grad():
+            head.linear.weight.copy_(weight)
+        head.requires_grad_(False)
+    return head
+
+
+def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> torch.Tensor:
+    """A simplex equiangular tight frame: K unit vectors, every pair at cosine -1/(K-1).
+
+    What the classifier of a well-trained network converges to (Papyan, Han and Donoho 2020,
+    "Prevalence of neural collapse"). Its rotation is drawn from the plan's seed and the names of
+    the classes, both public, so it holds no information about any record.
+
+    Args:
+        seed: the plan's seed.
+        classes: the site's class names, K of them; sites with the same names agree.
+        features: D; if D < K no such frame exists, and independent random directions are used.
+
+    Returns:
+        (K, D) float32, rows of length 1.
+    """
+    count = len(classes)
+    digest = hashlib.sha256("\0".join(["fedgraft head", str(seed), *classes]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    gaussian = torch.randn(features, max(count, 1), generator=generator, dtype=torch.float64)
+    if features < count:
+        return nn.functional.normalize(gaussian, dim=0).T.float()
+    basis, _ = torch.linalg.qr(gaussian)
+    centred = torch.eye(count, dtype=torch.float64) - 1 / count
+    return (math.sqrt(count / (count - 1)) * basis @ centred).T.float()
+
+

@@ -1,0 +1,184 @@
+"""The frozen part before the first adapted block, computed once per record.
+
+Shapes: N records; everything a site caches has N as its first dimension.
+
+Everything that runs before the first adapted block is a pure function of the record. A `Prefix`
+runs the model up to that block's door and keeps what would have gone in; later it runs the rest
+from there. It needs no knowledge of the architecture: when the rest is run, every module that
+finished before the door is replaced by a stub that returns placeholder zeros, and the block
+receives the kept tensors instead. If anything else flows past the door (a skip connection from
+an early stage, say), the result would differ; that is checked on synthetic records when the
+object is made, and then the whole model is run each time and `reason` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fedgraft_common.adapted import AdaptedBackbone
+
+Cached = tuple[torch.Tensor, ...]
+_KEPT = object()  # marks a place that a kept tensor fills
+
+
+class _AtTheDoor(Exception):  # noqa: N818 - a signal, not an error
+    """Carries a block's inputs out of a forward pass that need not go on."""
+
+    def __init__(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.arguments = (arguments, options)
+
+
+class Prefix(nn.Module):
+    """A model cut in two: `compute` is the frozen part, `forward` the rest.
+
+    Attributes:
+        reason: why nothing is cached, or None if the model was cut.
+        door: name of the first adapted block; `features` for a head-only plan.
+    """
+
+    def __init__(self, model: AdaptedBackbone, tolerance: float = 1e-5) -> None:
+        super().__init__()
+        self.model = model
+        self.reason: str | None = None
+        self._skipped: list[tuple[nn.Module, Callable[..., Any], Any]] = []
+        self._layout: pytree.TreeSpec | None = None
+        self._constants: list[Any] = []
+        self._given: Cached | None = None
+        self._entry: tuple[nn.Module, ...] = ()  # in a tuple: already registered inside the model
+        self._blank = torch.zeros_like(model.backbone.example(1, torch.Generator()))
+        self.door = model.adapted_blocks[0] if model.adapted_blocks else "features"
+        if model.adapter:
+            self._cut(tolerance)
+
+    def _cut(self, tolerance: float) -> None:
+        example = self.model.backbone.example(3, torch.Generator().manual_seed(1))
+        example = example.to(next(self.model.parameters()).device)
+        self._entry = (self._root().get_submodule(self.door),)
+        self._learn_what_to_skip(example[:2])
+        with torch.no_grad():
+            whole = self.model(example)
+            try:
+                rest = self(*self.compute(example))
+                gap = float((whole - rest).abs().max())
+                problem = None if gap <= tolerance else f"the parts differ by {gap:.1e}"
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                problem = f"the rest does not run alone ({type(error).__name__})"
+        if problem is not None:
+            self.reason = f"the model cannot be cut before {self.door}: {problem}"
+            self._restore()
+
+    def _root(self) -> nn.Module:
+        peft: Any = self.model.peft
+        return peft.get_base_model() if hasattr(peft, "get_base_model") else peft
+
+    def _learn_what_to_skip(self, example: torch.Tensor) -> None:
+        """One traced pass: which modules finish before the door, and what they return."""
+        finished: dict[nn.Module, Any] = {}
+        handles = []
+        for name, module in self._root().named_modules():
+            if name and module not in self._entry:
+                handles.append(module.register_forward_hook(self._note(finished)))
+        (entry,) = self._entry
+        handles.append(entry.register_forward_pre_hook(_stop, with_kwargs=True))
+        try:
+            with torch.no_grad():
+                self.model(example)
+        except _AtTheDoor as door:
+            values, self._layout = pytree.tree_flatten(door.arguments)
+            self._constants = [_KEPT if _per_record(v, len(example)) else v for v in values]
+        finally:
+            for handle in handles:
+                handle.remove()
+        outer = {
+            child for module in finished for child in module.modules() if child is not module
+        }
+        for module, output in finished.items():
+            if module not in outer:
+                self._skipped.append((module, module.forward, output))
+                module.forward = self._stub(module.forward, output, len(example))
+        entry.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+
+    @staticmethod
+    def _note(finished: dict[nn.Module, Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            finished[module] = output
+
+        return hook
+
+    def _stub(self, original: Callable[..., Any], output: Any, records: int) -> Callable[..., Any]:
+        """A forward that skips the module while the rest is run alone."""
+
+        def placeholder(value: Any) -> Any:
+            if not _per_record(value, records):
+                return value
+            assert self._given is not None  # noqa: S101 - only called while the rest runs
+            batch = self._given[0].shape[0]
+            zero = torch.zeros((), dtype=value.dtype, device=value.device)
+            return zero.expand(batch, *value.shape[1:])
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            if self._given is None:
+                return original(*arguments, **options)
+            return pytree.tree_map(placeholder, output)
+
+        return forward
+
+    def _hand_over(self, _: nn.Module, arguments: Any, options: Any) -> Any:
+        if self._given is None or self._layout is None:
+            return arguments, options
+        given = iter(self._given)
+        values = [next(given) if c is _KEPT else c for c in self._constants]
+        return pytree.tree_unflatten(values, self._layout)
+
+    def _restore(self) -> None:
+        for module, original, _ in self._skipped:
+            module.forward = original
+        self._skipped.clear()
+        self._layout = None
+
+    def compute(self, inputs: torch.Tensor) -> Cached:
+        """What to keep for prepared inputs (N, C, H, W): features, or the door's tensors.
+
+        A model that cannot be cut keeps the inputs themselves.
+        """
+        if not self.model.adapter:
+            return (self.model(inputs),)
+        if self._layout is None:
+            return (inputs,)
+        handle = self._entry[0].register_forward_pre_hook(_stop, with_kwargs=True, prepend=True)
+        try:
+            with torch.no_grad():
+                self.model(inputs)
+        except _AtTheDoor as door:
+            values, _ = pytree.tree_flatten(door.arguments)
+            return tuple(v for v, c in zip(values, self._constants, strict=True) if c is _KEPT)
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{self.door} did not run")  # the example went through it
+
+    def forward(self, *cached: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) from what `compute` kept."""
+        if not self.model.adapter:
+            return cached[0]
+        if self._layout is None:
+            features: torch.Tensor = self.model(cached[0])
+            return features
+        self._given = cached
+        try:
+            blank = self._blank.to(cached[0].device)
+            return self.model(blank.expand(len(cached[0]), *blank.shape[1:]))  # type: ignore[no-any-return]
+        finally:
+            self._given = None
+
+
+def _stop(_: nn.Module, arguments: Any, options: Any) -> None:
+    raise _AtTheDoor(arguments, options)
+
+
+def _per_record(value: Any, records: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == records

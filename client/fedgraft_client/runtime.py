@@ -1,0 +1,168 @@
+"""What a site process keeps warm between rounds: the device, the model, the checked gradients.
+
+One `Runtime` serves every site in a process. A hospital's daemon has one site; a simulation has
+thousands, which share one backbone and lend it their adapter and head for the time of a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from fedgraft_client.gradients import CHECK_RECORDS, Engine, Verdict, choose_engine
+from fedgraft_client.head import LinearHead
+from fedgraft_client.prefix import Cached, Prefix
+from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
+from fedgraft_common.errors import PlanError
+from fedgraft_common.messages import Tensors
+from fedgraft_common.plan import Plan
+
+CHUNK = 256  # records that go through the frozen part at once
+
+
+class SiteModel(nn.Module):
+    """The prefix' remainder and a head: logits (N, K) from cached tensors.
+
+    Attributes:
+        dtype: number format of the frozen layers; the head and the adapter stay float32.
+    """
+
+    def __init__(self, prefix: Prefix, head: LinearHead, device: torch.device) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.head = head.to(device)
+        self.device_type = device.type
+        self.dtype = torch.float32
+
+    def forward(self, *cached: torch.Tensor) -> torch.Tensor:
+        """Runs the rest of the backbone, then the head."""
+        logits: torch.Tensor = self.head(self.features(*cached))
+        return logits
+
+    def features(self, *cached: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) float32."""
+        with lower_precision(self.dtype, self.device_type):
+            features: torch.Tensor = self.prefix(*cached)
+        return features.float()
+
+
+class Workbench:
+    """One plan's model in one process, ready to train any site's data.
+
+    Attributes:
+        adapted: backbone and adapter.
+        initial: the adapter that the plan's seed gives.
+        prefix: the model cut before the first adapted block.
+        device: where it runs.
+        verdicts: how the gradient engines did, for the model in use; empty before training.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.device = device
+        self.adapted: AdaptedBackbone = adapted_backbone(plan)
+        self.initial = self.adapted.state()
+        self.adapted.to(device)
+        self.dtype = frozen_dtype(plan.backbone.frozen_dtype, device)
+        self.prefix = Prefix(self.adapted)
+        self.verdicts: tuple[Verdict, ...] = ()
+        self._kind: tuple[int, bool] | None = None
+        self._trainer: tuple[SiteModel, Engine] | None = None
+
+    def cache(self, images: torch.Tensor) -> Cached:
+        """Runs the frozen prefix over images (N, C, H, W) in [0, 1]; the result is on the CPU."""
+        prepare = self.adapted.backbone.manifest.preprocessing
+        parts: list[Cached] = []
+        with lower_precision(self.dtype, self.device.type):
+            for chunk in images.split(CHUNK):
+                kept = self.prefix.compute(prepare(chunk).to(self.device))
+                parts.append(tuple(tensor.cpu() for tensor in kept))
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def features(self, adapter: Tensors, cached: Cached) -> torch.Tensor:
+        """Features (N, D) float32 on the CPU, under an adapter."""
+        self.adapted.load(adapter)
+        model = SiteModel(self.prefix, LinearHead(self.adapted.feature_dim, 2), self.device)
+        model.dtype = self.dtype
+        chunks = zip(*(tensor.split(CHUNK) for tensor in cached), strict=True)
+        with torch.no_grad():
+            parts = [model.features(*(t.to(self.device) for t in c)).cpu() for c in chunks]
+        return torch.cat(parts)
+
+    def trainer(self, head: LinearHead) -> tuple[SiteModel, Engine]:
+        """The model with checked per-example gradients, its head set to the values of `head`.
+
+        Raises:
+            GradientError: no engine is exact for this model.
+        """
+        kind = (head.linear.out_features, head.linear.weight.requires_grad)
+        if self._trainer is None or self._kind != kind:
+            self._trainer = self._checked(*kind)
+            self._kind = kind
+        model, engine = self._trainer
+        model.head.load_state_dict(head.state_dict())
+        return model, engine
+
+    def _checked(self, classes: int, trains: bool) -> tuple[SiteModel, Engine]:
+        if self._trainer is not None:
+            self._trainer[1].close()
+            self._trainer = None
+        generator = torch.Generator().manual_seed(3)
+        head = LinearHead(self.adapted.feature_dim, classes).requires_grad_(trains)
+        nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
+        model = SiteModel(self.prefix, head, self.device)
+        example = self.adapted.backbone.example(CHECK_RECORDS, torch.Generator().manual_seed(2))
+        cached = self.prefix.compute(example.to(self.device))
+        engine, self.verdicts = choose_engine(model, cached, classes)
+        model.dtype = self.dtype  # checked in float32, then used in the plan's format
+        return model, engine
+
+
+class Runtime:
+    """The device, and a workbench for each plan in use."""
+
+    def __init__(self, device: str = "auto", physical_batch: int = 256) -> None:
+        self.device = choose_device(device)
+        self.physical_batch = physical_batch
+        self._benches: dict[str, Workbench] = {}
+
+    def workbench(self, plan: Plan) -> Workbench:
+        """The plan's workbench; built at the first call."""
+        key = plan.model_dump_json(include={"seed", "backbone", "adapter"})
+        if key not in self._benches:
+            self._benches[key] = Workbench(plan, self.device)
+        return self._benches[key]
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolves `auto`, `cpu` or `cuda:N`.
+
+    Raises:
+        PlanError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    allowed = ["auto", "cpu", *(f"cuda:{i}" for i in range(count))]
+    if name not in allowed:
+        raise PlanError("device", name, ", ".join(allowed), "Choose a device of this machine.")
+    return torch.device(name)
+
+
+def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Number format of the frozen part: bfloat16 where the hardware multiplies it faster."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def lower_precision(dtype: torch.dtype, device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Runs matrix products in bfloat16, if that is the plan's format for the frozen part."""
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=dtype)

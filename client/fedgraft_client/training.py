@@ -1,0 +1,80 @@
+"""A site's part of one round: DP-SGD on its own records, with either mechanism.
+
+Shapes: N records of the site, first dimension of every cached tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedgraft_client.dp import JointOptimizer
+from fedgraft_client.head import LinearHead
+from fedgraft_client.prefix import Cached
+from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.runtime import Workbench
+from fedgraft_common.mechanism import StepNoise
+from fedgraft_common.messages import Tensors
+from fedgraft_common.plan import Plan
+
+
+def train_round(
+    bench: Workbench,
+    plan: Plan,
+    adapter: Tensors,
+    head: LinearHead,
+    cached: Cached,
+    labels: torch.Tensor,
+    step: StepNoise,
+    noise: NoiseSource,
+    physical_batch: int,
+) -> Tensors:
+    """Takes the round's steps; `head` is trained in place if the plan trains it.
+
+    Formal guarantee: see `fedgraft_common.mechanism`; each step is one `JointOptimizer.noisy_sum`.
+
+    Args:
+        bench: the plan's model.
+        plan: the run.
+        adapter: where the round starts, by schema name.
+        head: the site's own head.
+        cached: what the prefix kept of the site's records.
+        labels: (N,) int64.
+        step: sample rate, clipping norm and noise.
+        noise: randomness of sampling and noise.
+        physical_batch: records whose gradients are held in memory at once.
+
+    Returns:
+        local and none: the adapter after the steps. distributed: the site's noisy sum of adapter
+        gradients, which is private only as a part of the sum over sites.
+    """
+    model, engine = bench.trainer(head)
+    bench.adapted.load(adapter)
+    distributed = plan.privacy.mechanism == "distributed"
+    groups = [
+        {
+            "params": list(bench.adapted.adapter.values()),
+            "lr": plan.training.learning_rate / plan.training.expected_batch,
+            "noise_std": step.adapter_std,
+        },
+        {
+            "params": [p for p in model.head.parameters() if p.requires_grad],
+            "lr": plan.training.head_learning_rate / plan.training.expected_batch,
+            "noise_std": step.head_std,
+        },
+    ]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]])
+    joint = JointOptimizer(optimizer, step.clipping_norm, noise)
+    gradient_sum: Tensors = {}
+    for _ in range(plan.training.local_steps):
+        batch = torch.from_numpy(noise.poisson_sample(len(labels), step.sample_rate))
+        chosen = tuple(tensor[batch].to(bench.device) for tensor in cached)
+        joint.noisy_sum(engine, chosen, labels[batch].to(bench.device), physical_batch)
+        if distributed:  # the adapter takes its step at the server, from the sum over sites
+            for name, parameter in bench.adapted.adapter.items():
+                assert parameter.grad is not None  # noqa: S101 - noisy_sum sets it
+                gradient_sum[name] = parameter.grad.cpu()
+                parameter.grad = None
+        optimizer.step()
+    joint.zero_grad(set_to_none=True)
+    head.load_state_dict(model.head.state_dict())
+    return gradient_sum if distributed else bench.adapted.state()

@@ -1,0 +1,1 @@
+"""What both sides of a federation agree on; imports neither server nor client."""

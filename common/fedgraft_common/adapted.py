@@ -1,0 +1,189 @@
+"""A backbone with its adapter: the model that a plan describes.
+
+Built the same way by the server (for the schema, the initial adapter and the export) and by a
+site (to train). The initial adapter is a function of the plan alone, so a site can derive it and
+need not trust anyone for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgraft_common.adapters import AdapterMethod, find_method
+from fedgraft_common.backbone import Backbone, load_backbone
+from fedgraft_common.errors import AdapterError
+from fedgraft_common.messages import Tensors, TensorSpec
+from fedgraft_common.plan import Adapter, Plan
+
+NORMALISATIONS_WITH_STATE = (nn.modules.batchnorm._BatchNorm,)
+
+
+class AdaptedBackbone(nn.Module):
+    """The frozen backbone with the plan's adapter, mapping inputs to one feature vector a record.
+
+    Attributes:
+        adapter: the trained parameters by their PEFT name; these, and only these, travel.
+        blocks: names of the backbone's blocks in order.
+        adapted_blocks: those of them that carry an adapter.
+        feature_dim: length D of a feature vector.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: Adapter, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.blocks = backbone.blocks
+        self.pooling = backbone.pooling
+        self.adapted_blocks: tuple[str, ...] = ()
+        self.peft: nn.Module = backbone.model
+        self.adapter: dict[str, nn.Parameter] = {}
+        if adapter.method != "none":
+            self._attach(find_method(adapter.method), adapter, seed)
+        self.set_modes()
+        with torch.no_grad():
+            example = backbone.example(2, torch.Generator().manual_seed(0))
+            self.feature_dim = int(self(example).shape[1])
+
+    def _attach(self, method: AdapterMethod, adapter: Adapter, seed: int) -> None:
+        from peft import get_peft_model
+
+        blocks = choose_blocks(adapter.layers, self.blocks)
+        targets = choose_targets(self.backbone.model, blocks, adapter, method)
+        self.adapted_blocks = tuple(
+            block for block in blocks if any(_inside(t, block) for t in targets)
+        )
+        with warnings.catch_warnings():  # PEFT warns that BatchNorm is "unsupported"; see film.py
+            warnings.simplefilter("ignore", UserWarning)
+            self.peft = get_peft_model(self.backbone.model, method.config(adapter, targets))
+        for name, parameter in self.peft.named_parameters():
+            parameter.requires_grad_(method.trains(name))
+            if method.random(name):
+                _draw(parameter, seed, name)
+            if parameter.requires_grad:
+                self.adapter[name.replace(".default.", ".")] = parameter
+
+    def set_modes(self) -> None:
+        """Eval mode everywhere (no dropout, frozen statistics), but for trained leaf modules.
+
+        Opacus' hooks only fire on modules in train mode. A BatchNorm in train mode would use the
+        private batch's statistics, so it stays in eval; then the hooks stay silent and the
+        gradient check picks another exact method.
+        """
+        self.eval()
+        for module in self.peft.modules():
+            trained = any(p.requires_grad for p in module.parameters(recurse=False))
+            module.training = trained and not isinstance(module, NORMALISATIONS_WITH_STATE)
+
+    @property
+    def schema(self) -> tuple[TensorSpec, ...]:
+        """The tensors that travel, in name order."""
+        return tuple(
+            TensorSpec(name, tuple(self.adapter[name].shape)) for name in sorted(self.adapter)
+        )
+
+    def state(self) -> Tensors:
+        """A copy of the adapter on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.adapter.items()}
+
+    def load(self, tensors: Tensors) -> None:
+        """Sets the adapter, in place, so that optimisers and hooks keep their parameters."""
+        with torch.no_grad():
+            for name, parameter in self.adapter.items():
+                parameter.copy_(tensors[name])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features of prepared inputs: (N, C, H, W) float32 to (N, D) float32."""
+        return self.pool(self.peft(inputs))
+
+    def pool(self, output: Any) -> torch.Tensor:
+        """One vector a record from a model's output (N, tokens, D) or (N, D, H, W)."""
+        pooled = getattr(output, "pooler_output", None)
+        if self.pooling == "pooler" or (self.pooling is None and pooled is not None):
+            if pooled is None:
+                raise AdapterError(
+                    "backbone.pooling", "pooler", "cls or mean: this model has no pooler",
+                    "Choose another pooling.",
+                )  # fmt: skip
+            return pooled.flatten(1).float()  # type: ignore[no-any-return]
+        hidden: torch.Tensor = output.last_hidden_state
+        if hidden.dim() == 4:
+            return hidden.flatten(2).mean(dim=2).float()
+        return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(dim=1)).float()
+
+    def save(self, directory: Path) -> None:
+        """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""
+        save: Any = self.peft
+        save.save_pretrained(directory, safe_serialization=True)
+
+
+def adapted_backbone(plan: Plan) -> AdaptedBackbone:
+    """The model that a plan describes, with its initial adapter."""
+    return AdaptedBackbone(load_backbone(plan.backbone), plan.adapter, plan.seed)
+
+
+def choose_blocks(layers: str | tuple[str, ...], blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """Resolves `all`, `last:K` or a list of names against a backbone's blocks.
+
+    Raises:
+        AdapterError: K is out of range, or a name is not a block.
+    """
+    allowed = f"all, last:1 to last:{len(blocks)}, or names from: {', '.join(blocks)}"
+    if layers == "all":
+        return blocks
+    if isinstance(layers, str):
+        kind, _, count = layers.partition(":")
+        if kind != "last" or not count.isdigit() or not 1 <= int(count) <= len(blocks):
+            raise AdapterError("adapter.layers", layers, allowed, "Correct the plan.")
+        return blocks[-int(count) :]
+    for name in layers:
+        if name not in blocks:
+            raise AdapterError("adapter.layers", name, allowed, "Correct the plan.")
+    return tuple(block for block in blocks if block in layers)
+
+
+def choose_targets(
+    model: nn.Module, blocks: tuple[str, ...], adapter: Adapter, method: AdapterMethod
+) -> list[str]:
+    """Full names of the modules that get an adapter.
+
+    Raises:
+        AdapterError: nothing in those blocks matches.
+    """
+    suitable = [
+        name
+        for name, module in model.named_modules()
+        if method.suits(module) and any(_inside(name, block) for block in blocks)
+    ]
+    if adapter.targets == "auto":
+        chosen = suitable
+    else:
+        wanted = adapter.targets
+        chosen = [n for n in suitable if any(n == w or n.endswith("." + w) for w in wanted)]
+    if not chosen:
+        endings = sorted({name.rpartition(".")[2] for name in suitable})
+        raise AdapterError(
+            "adapter.targets", adapter.targets,
+            f"auto, or endings of {method.name} modules in the chosen blocks: "
+            + (", ".join(endings) or "none, this backbone has no module that suits"),
+            "Correct adapter.targets, adapter.layers or adapter.method.",
+        )  # fmt: skip
+    return chosen
+
+
+def _inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
+
+
+def _draw(parameter: nn.Parameter, seed: int, name: str) -> None:
+    """Kaiming-uniform values (PEFT's choice for A) that depend on the plan's seed and the name."""
+    digest = hashlib.sha256(f"fedgraft adapter {seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = math.sqrt(1 / parameter[0].numel())
+    with torch.no_grad():
+        parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

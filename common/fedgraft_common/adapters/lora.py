@@ -1,0 +1,43 @@
+"""LoRA (Hu et al. 2021) and FFA-LoRA (Sun et al. 2024, "Improving LoRA in privacy-preserving FL").
+
+A layer W gets W + alpha/r * B A. FFA-LoRA freezes A at its public random start and trains B
+only: under DP the noise of both factors would multiply, and averaging B and A separately is not
+averaging their product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fedgraft_common.adapters.method import AdapterMethod
+from fedgraft_common.plan import Adapter
+
+
+def _suits(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+
+
+def _config(adapter: Adapter, targets: list[str]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=0.0, target_modules=targets
+    )
+
+
+LORA = AdapterMethod(
+    name="lora",
+    suits=_suits,
+    config=_config,
+    trains=lambda name: ".lora_A." in name or ".lora_B." in name,
+    random=lambda name: ".lora_A." in name,
+)
+FFA_LORA = AdapterMethod(
+    name="ffa-lora",
+    suits=_suits,
+    config=_config,
+    trains=lambda name: ".lora_B." in name,
+    random=lambda name: ".lora_A." in name,
+)

@@ -1,0 +1,231 @@
+"""Backbones: frozen pre-trained models in the ordinary Hugging Face directory form.
+
+A backbone is a directory with `config.json` and `model.safetensors`, and beside them a
+`manifest.json` that says where it came from, how its input is prepared and which blocks may
+carry adapters. A directory without a manifest is usable too: the constants are then read from
+`preprocessor_config.json`, and the blocks are found by looking. Weights are read from safetensors
+only; a pickle is never opened, and no code from the directory runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from torch.nn import functional
+
+from fedgraft_common import plan as plans
+from fedgraft_common.errors import BackboneError
+
+Pooling = Literal["pooler", "cls", "mean"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the backbone's input; constants are public, never from site data."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    channels: int = Field(ge=1, description="Colour channels.")
+    size: int = Field(ge=1, description="Side of the square input in pixels.")
+    mean: tuple[float, ...] = Field(description="Subtracted per channel, of values in [0, 1].")
+    std: tuple[float, ...] = Field(description="Divided by per channel.")
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Resizes and normalises.
+
+        Args:
+            images: (N, C, H, W) float32 in [0, 1]; one channel is repeated if more are needed.
+
+        Returns:
+            (N, channels, size, size) float32.
+        """
+        if images.shape[1] == 1 and self.channels > 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        elif images.shape[1] != self.channels:
+            images = images.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
+        if images.shape[-2:] != (self.size, self.size):
+            images = functional.interpolate(
+                images, size=(self.size, self.size), mode="bilinear", antialias=True
+            )
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return (images - mean) / std
+
+
+class Manifest(BaseModel):
+    """What a backbone says about itself."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    licence: str = "unknown"
+    source: str = "unknown"
+    preprocessing: Preprocessing
+    pooling: Pooling | None = None
+    blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A loaded backbone: every parameter frozen, in eval mode, on the CPU."""
+
+    model: nn.Module
+    manifest: Manifest
+    sha256: str
+    pooling: Pooling | None
+    blocks: tuple[str, ...]
+    directory: Path
+
+    def example(self, records: int, generator: torch.Generator) -> torch.Tensor:
+        """Synthetic prepared inputs, (records, C, H, W) float32, for checks without data."""
+        prepare = self.manifest.preprocessing
+        shape = (records, prepare.channels, prepare.size, prepare.size)
+        return torch.randn(shape, generator=generator)
+
+
+def embedded_directory(name: str) -> Path:
+    """The directory of a backbone that ships with Fedgraft.
+
+    Raises:
+        BackboneError: there is none of that name.
+    """
+    root = Path(str(resources.files("fedgraft_common"))) / "embedded"
+    directory = root / name
+    if not (directory / "config.json").is_file():
+        names = sorted(p.name for p in root.iterdir() if (p / "config.json").is_file())
+        raise BackboneError(
+            "backbone.source", f"embedded:{name}", ", ".join(f"embedded:{n}" for n in names),
+            "Choose one of these, or dir:PATH.",
+        )  # fmt: skip
+    return directory
+
+
+def load_backbone(config: plans.Backbone) -> Backbone:
+    """Loads what the plan names and checks its hash.
+
+    Raises:
+        BackboneError: no such directory, no safetensors, a pickle instead, a damaged file or a
+            hash other than the plan's.
+    """
+    kind, _, location = config.source.partition(":")
+    directory = embedded_directory(location) if kind == "embedded" else Path(location)
+    weights = _weights_file(directory)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if config.sha256 not in (None, digest):
+        raise BackboneError(
+            str(weights), f"sha256 {digest}", f"sha256 {config.sha256}, pinned by the plan",
+            "Fetch the right file, or correct backbone.sha256.",
+        )  # fmt: skip
+    model = _load_model(directory)
+    manifest = _manifest(directory, model)
+    pooling: Pooling | None = manifest.pooling if config.pooling == "auto" else config.pooling
+    blocks = manifest.blocks or find_blocks(model)
+    return Backbone(model, manifest, digest, pooling, blocks, directory)
+
+
+def _weights_file(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise BackboneError(
+            "backbone.source", str(directory), "an existing directory", "Check the path."
+        )
+    weights = directory / "model.safetensors"
+    if weights.is_file():
+        return weights
+    pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
+    if pickles:
+        raise BackboneError(
+            str(directory / pickles[0]), "a pickle, which can run code when it is opened",
+            "model.safetensors",
+            "Convert it where you trust it: model.save_pretrained(directory).",
+        )  # fmt: skip
+    raise BackboneError(
+        str(directory), "no model.safetensors", "a directory with config.json and "
+        "model.safetensors", "Save the model with model.save_pretrained(directory).",
+    )  # fmt: skip
+
+
+def _load_model(directory: Path) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: nn.Module = AutoModel.from_pretrained(
+                directory,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(
+            str(directory), reason, "a model that transformers.AutoModel loads offline",
+            "Compare the files with the manifest's hashes, or copy the directory again.",
+        ) from None  # fmt: skip
+    return model.requires_grad_(False).eval()
+
+
+def _manifest(directory: Path, model: nn.Module) -> Manifest:
+    path = directory / "manifest.json"
+    try:
+        if path.is_file():
+            return Manifest.model_validate_json(path.read_bytes())
+        return Manifest(name=directory.name, preprocessing=_processor_constants(directory, model))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise BackboneError(
+            str(path), str(error).splitlines()[0], "a manifest with name and preprocessing",
+            "Correct the file, or remove it.",
+        ) from None  # fmt: skip
+
+
+def _processor_constants(directory: Path, model: nn.Module) -> Preprocessing:
+    config: Any = model.config
+    path = directory / "preprocessor_config.json"
+    processor = json.loads(path.read_bytes()) if path.is_file() else {}
+    size = getattr(config, "image_size", None) or processor.get("size", 224)
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or 224
+    channels = int(getattr(config, "num_channels", 3))
+    return Preprocessing(
+        channels=channels,
+        size=int(size[0] if isinstance(size, list | tuple) else size),
+        mean=tuple(processor.get("image_mean", [0.5] * channels)),
+        std=tuple(processor.get("image_std", [0.5] * channels)),
+    )
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """The blocks of a model in order: the children of its longest list of like modules.
+
+    Transformers keep theirs in one list (`layers.0`, `layers.1`, ...); a convolutional network
+    nests lists (stages of layers), and the innermost lists together are taken.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
+    ]
+    longest = max(lists, key=lambda item: len(item[1]), default=None)
+    if longest is None:
+        return ()
+    kind = type(longest[1][0])
+    return tuple(
+        f"{name}.{index}"
+        for name, module in lists
+        if all(type(child) is kind for child in module)
+        for index in range(len(module))
+    )

@@ -1,0 +1,72 @@
+"""Every error Fedgraft raises on purpose.
+
+    FedgraftError
+    ├── PlanError         a plan field, or the plan file itself
+    ├── PrivacyError      a privacy parameter that cannot be met
+    ├── BackboneError     a backbone directory, manifest or weights file
+    ├── AdapterError      an adapter method or target that does not fit the backbone
+    ├── GradientError     per-example gradients that cannot be made exact
+    ├── DataError         a site's records
+    ├── MessageError      what arrived over the network
+    └── CheckpointError   a server checkpoint or a site's store
+
+Each one says the same four things, so that whoever reads it (a researcher, a hospital's
+IT person) knows what to do next: the field or file, the value found, what is allowed, and
+the action to take.
+"""
+
+from __future__ import annotations
+
+
+class FedgraftError(Exception):
+    """Base class; see the tree above.
+
+    Args:
+        field: the configuration field, file or tensor the error is about.
+        value: what was found there.
+        allowed: what would have been accepted.
+        action: what the reader should do next.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, action: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        self.action = action
+        super().__init__(field, value, allowed, action)
+
+    def __str__(self) -> str:
+        found = repr(self.value) if isinstance(self.value, str) else str(self.value)
+        return f"{self.field}: found {found}; allowed: {self.allowed}. {self.action}"
+
+
+class PlanError(FedgraftError):
+    """A plan field, or the plan file itself, is wrong."""
+
+
+class PrivacyError(FedgraftError):
+    """A privacy parameter is outside its range or cannot be met."""
+
+
+class BackboneError(FedgraftError):
+    """A backbone cannot be loaded, or is not the one the plan names."""
+
+
+class AdapterError(FedgraftError):
+    """An adapter does not fit its backbone."""
+
+
+class GradientError(FedgraftError):
+    """No available method computes exact per-example gradients for this model."""
+
+
+class DataError(FedgraftError):
+    """A site's records cannot be used."""
+
+
+class MessageError(FedgraftError):
+    """A message does not follow the protocol."""
+
+
+class CheckpointError(FedgraftError):
+    """Saved state is missing, damaged or belongs to another plan."""

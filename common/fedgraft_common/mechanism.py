@@ -1,0 +1,100 @@
+"""From a plan's promise to the noise of one step.
+
+Formal guarantee, add or remove one unit of one site, T = `plan.steps` Poisson-sampled Gaussian
+steps of rate q with noise multiplier sigma, where sigma is calibrated so that the composition
+stays within (epsilon, delta):
+
+    local         adapter and head each get noise of standard deviation sigma * C. Every update
+                  a site sends is post-processing of its own steps.
+    distributed   the head, which stays at home, gets sigma * C; each site adds sigma * C / sqrt(h)
+                  to its adapter sum. Whoever sees only the sum over sites sees noise of at least
+                  sigma * C from the h sites that neither dropped out nor collude, so one unit's
+                  joint contribution of norm at most C passes one Gaussian mechanism. q must be the
+                  same everywhere: shares add up to sigma * C only if all sites agree on sigma.
+
+What is public: C, q, T, sigma, h, the nominal size a site declares. Source: PRIVACY.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedgraft_common.accounting import SamplingEvent, calibrate_noise_multiplier, epsilon
+from fedgraft_common.errors import PrivacyError
+from fedgraft_common.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class StepNoise:
+    """What one DP-SGD step at one site uses.
+
+    Attributes:
+        sample_rate: q.
+        clipping_norm: C, infinite without DP.
+        adapter_std: standard deviation of the noise on each coordinate of the adapter sum.
+        head_std: the same for the head.
+        event: what the site's account is charged for the whole run; None without DP.
+    """
+
+    sample_rate: float
+    clipping_norm: float
+    adapter_std: float
+    head_std: float
+    event: SamplingEvent | None
+
+    def epsilon(self, delta: float, steps: int | None = None) -> float:
+        """Epsilon after `steps` steps (default: the whole run); infinite without DP."""
+        if self.event is None:
+            return math.inf
+        count = self.event.steps if steps is None else steps
+        if count == 0:
+            return 0.0
+        event = SamplingEvent(self.event.sample_rate, self.event.noise_multiplier, count)
+        return epsilon([event], delta)
+
+
+def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
+    """q = B / N, of public numbers only.
+
+    Args:
+        plan: holds q itself, or the expected batch B.
+        nominal_size: N, the number of units the site declares in public.
+        site: its name, for the error.
+
+    Raises:
+        PrivacyError: B is larger than N, or 1/N does not exceed delta.
+    """
+    if plan.privacy.mechanism != "none" and plan.privacy.delta >= 1 / nominal_size:
+        raise PrivacyError(
+            "privacy.delta", plan.privacy.delta,
+            f"less than 1/{nominal_size}, one over the records that site {site} declares",
+            "Choose a smaller delta.",
+        )  # fmt: skip
+    if plan.training.sample_rate is not None:
+        return plan.training.sample_rate
+    rate = plan.training.expected_batch / nominal_size
+    if rate > 1:
+        raise PrivacyError(
+            "training.expected_batch", plan.training.expected_batch,
+            f"at most {nominal_size}, the records that site {site} declares (the sample rate "
+            "expected_batch / nominal size is a probability)",
+            "Lower expected_batch, set training.sample_rate, or leave the site out.",
+        )  # fmt: skip
+    return rate
+
+
+def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
+    """Calibrates the noise of one site to the plan's promise.
+
+    Raises:
+        PrivacyError: the promise cannot be met with this sample rate and number of steps.
+    """
+    rate = sample_rate(plan, nominal_size, site)
+    if plan.privacy.mechanism == "none":
+        return StepNoise(rate, math.inf, 0.0, 0.0, None)
+    sigma = calibrate_noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, plan.steps)
+    full = sigma * plan.privacy.clipping_norm
+    shares = plan.noise_shares if plan.privacy.mechanism == "distributed" else 1
+    event = SamplingEvent(rate, sigma, plan.steps)
+    return StepNoise(rate, plan.privacy.clipping_norm, full / math.sqrt(shares), full, event)

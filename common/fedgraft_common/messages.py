@@ -1,0 +1,161 @@
+"""The protocol: what a round's request and reply contain, and nothing else.
+
+    request  server -> site   adapter   ArrayRecord   the current adapter
+                              plan      ConfigRecord  {plan: canonical JSON, round: int}
+    reply    site -> server   adapter   ArrayRecord   adapter (local) or noisy gradient sum
+                              status    ConfigRecord  {round: int, status: str}
+
+A reply with a status other than `ok` carries an empty adapter. The reasons behind a refusal or
+a failure stay in the site's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedgraft_common.errors import MessageError
+
+ADAPTER: Final = "adapter"
+PLAN: Final = "plan"
+STATUS: Final = "status"
+ROUND: Final = "round"
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Status(StrEnum):
+    """All that a site ever says about how a round went."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor that may travel."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a site receives in a round."""
+
+    adapter: ArrayRecord
+    plan: str
+    round: int
+
+
+def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Tensors as a Flower record, in name order, so that equal tensors give equal bytes."""
+    return ArrayRecord({name: Array(tensors[name].detach().cpu().numpy()) for name in sorted(tensors)})
+
+
+def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
+    """Reads tensors, accepting exactly the schema.
+
+    Args:
+        record: what arrived.
+        schema: the tensors the plan calls for.
+
+    Returns:
+        float32 tensors by name.
+
+    Raises:
+        MessageError: a missing, extra, misshapen, mistyped or non-finite tensor.
+    """
+    names = {spec.name for spec in schema}
+    if unexpected := sorted(set(record) - names):
+        raise MessageError(
+            f"adapter tensor {unexpected[0]}", "present", "only the plan's tensors",
+            "The sender runs another plan or backbone; compare the plan hashes.",
+        )  # fmt: skip
+    tensors: Tensors = {}
+    for spec in schema:
+        if spec.name not in record:
+            raise MessageError(
+                f"adapter tensor {spec.name}", "missing", "every tensor of the plan",
+                "The sender runs another plan or backbone; compare the plan hashes.",
+            )  # fmt: skip
+        array = record[spec.name]
+        if array.stype != "numpy.ndarray" or array.dtype != spec.dtype:
+            raise MessageError(
+                f"adapter tensor {spec.name}", f"{array.stype} {array.dtype}", spec.dtype,
+                "The message is malformed and was ignored.",
+            )  # fmt: skip
+        try:
+            values = array.numpy()
+        except (ValueError, EOFError, OSError) as error:
+            raise MessageError(
+                f"adapter tensor {spec.name}", str(error), "a numpy array",
+                "The message is damaged and was ignored.",
+            ) from None  # fmt: skip
+        if values.shape != spec.shape or values.dtype != np.dtype(spec.dtype):
+            raise MessageError(
+                f"adapter tensor {spec.name}", f"{values.dtype}{values.shape}",
+                f"{spec.dtype}{spec.shape}", "The message is malformed and was ignored.",
+            )  # fmt: skip
+        if not np.isfinite(values).all():
+            raise MessageError(
+                f"adapter tensor {spec.name}", "NaN or infinity", "finite values",
+                "Lower the learning rate, or look for a faulty site.",
+            )  # fmt: skip
+        tensors[spec.name] = torch.from_numpy(values)
+    return tensors
+
+
+def read_request(message: Message) -> Request:
+    """Takes a request apart.
+
+    Raises:
+        MessageError: a record or a field is missing or has the wrong type.
+    """
+    content = message.content if message.has_content() else RecordDict()
+    adapter = content.array_records.get(ADAPTER)
+    config = content.config_records.get(PLAN)
+    if adapter is None or config is None or len(content) != 2:
+        raise MessageError(
+            "request", sorted(content), f"records {ADAPTER!r} and {PLAN!r}",
+            "The server speaks another protocol; compare the versions.",
+        )  # fmt: skip
+    plan, number = config.get(PLAN), config.get(ROUND)
+    if not isinstance(plan, str) or type(number) is not int or number < 1:
+        raise MessageError(
+            "request", sorted(config), f"{PLAN!r}: text and {ROUND!r}: a number from 1",
+            "The server speaks another protocol; compare the versions.",
+        )  # fmt: skip
+    return Request(adapter, plan, number)
+
+
+def write_reply(
+    request: Message, round_number: int, status: Status, adapter: ArrayRecord | None = None
+) -> Message:
+    """A site's answer: adapter tensors, round, status."""
+    content = RecordDict(
+        {
+            ADAPTER: adapter if adapter is not None else ArrayRecord(),
+            STATUS: ConfigRecord({ROUND: round_number, STATUS: status.value}),
+        }
+    )
+    return Message(content, reply_to=request)
+
+
+def read_status(reply: Message) -> Status:
+    """The status of a reply; anything unreadable counts as failed."""
+    if not reply.has_content():
+        return Status.FAILED
+    config = reply.content.config_records.get(STATUS)
+    try:
+        return Status(str(config[STATUS])) if config is not None else Status.FAILED
+    except (KeyError, ValueError):
+        return Status.FAILED

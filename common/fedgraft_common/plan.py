@@ -1,0 +1,403 @@
+"""The plan: the frozen configuration of one federation run, as data.
+
+A plan is one TOML file. Every key is described below with its unit; an unknown key is an
+error. The canonical form (sorted JSON without white space) has a SHA-256 hash, which names the
+run everywhere: in messages, checkpoints and a site's store. `[data]` and `[sites]` describe a
+simulation and are not part of the hash, so that the same plan keeps its name when it moves to
+production, where sites bring their own data.
+
+Options that only affect speed (device, physical batch size) belong to a site's runtime, not to
+the plan: they must not change privacy or results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedgraft_common.errors import PlanError
+
+Mechanism = Literal["local", "distributed", "none"]
+Scalar = str | int | float | bool
+SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
+
+
+class Section(BaseModel):
+    """One table of the plan: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Backbone(Section):
+    """The frozen pre-trained model."""
+
+    source: str = Field(
+        default="embedded:glyphs",
+        pattern=r"^(embedded|dir):.+$",
+        description="Where the model comes from: `embedded:NAME`, or `dir:PATH` for a Hugging "
+        "Face directory (config.json and model.safetensors).",
+    )
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of model.safetensors in hexadecimal. A model with another hash is "
+        "refused.",
+    )
+    pooling: Literal["auto", "pooler", "cls", "mean"] = Field(
+        default="auto",
+        description="How the output becomes one feature vector per record. `auto` takes the "
+        "manifest's choice, else the model's own pooler, else the mean over tokens.",
+    )
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Number format of the frozen part before the first adapted block. `auto` is "
+        "bfloat16 on hardware with bfloat16 matrix units, else float32.",
+    )
+
+
+class Adapter(Section):
+    """What is trained together, and the only thing that leaves a site."""
+
+    method: str = Field(
+        default="ffa-lora",
+        description="`ffa-lora` (A frozen and public, B trained), `lora`, `film` (scale and shift "
+        "of normalisation layers) or `none` (head only).",
+    )
+    rank: int = Field(default=8, ge=1, le=1024, description="LoRA rank r (dimensionless).")
+    alpha: float = Field(
+        default=16.0, gt=0, description="LoRA scaling numerator; the update is alpha/r * B A."
+    )
+    layers: Literal["all"] | str | tuple[str, ...] = Field(
+        default="all",
+        description="Blocks that carry adapters: `all`, `last:K`, or a list of block names.",
+    )
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        default="auto",
+        description="Name endings of the modules adapted inside those blocks; `auto` takes every "
+        "linear and convolution layer (LoRA) or every normalisation layer (FiLM).",
+    )
+
+
+class Head(Section):
+    """The site's own output layer, which never leaves it."""
+
+    training: Literal["private", "fixed"] = Field(
+        default="fixed",
+        description="During the federation: `private` trains a zero-initialised head under DP; "
+        "`fixed` uses a public simplex prototype. Either way the site refits it at home at the "
+        "end, without noise, and seals it.",
+    )
+    scale: float = Field(
+        default=4.0,
+        gt=0,
+        description="Norm of each class prototype of a fixed head (logits per unit of feature).",
+    )
+
+
+class Training(Section):
+    """DP-SGD at a site."""
+
+    expected_batch: float = Field(
+        default=45.0,
+        gt=0,
+        description="Expected Poisson batch B in units (records). Also the fixed, public "
+        "denominator of a site's gradient sum at the server.",
+    )
+    sample_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Poisson sample rate q, the same at every site; the distributed mechanism "
+        "needs it. If absent, q = expected_batch / the site's declared nominal size.",
+    )
+    local_steps: int = Field(
+        default=1,
+        ge=1,
+        le=10_000,
+        description="DP-SGD steps in a round (local mechanism and no DP). The distributed "
+        "mechanism takes one step in a round.",
+    )
+    learning_rate: float = Field(default=1.0, gt=0, description="SGD step size of the adapter.")
+    head_learning_rate: float = Field(
+        default=1.0, gt=0, description="SGD step size of a privately trained head."
+    )
+
+
+class Privacy(Section):
+    """The promise: (epsilon, delta) per site for the whole run, add or remove one unit."""
+
+    mechanism: Mechanism = Field(
+        default="local",
+        description="`local`: each update is private on its own. `distributed`: noise is shared "
+        "between sites and only the sum is private. `none`: no DP, for comparison.",
+    )
+    epsilon: float = Field(default=8.0, gt=0, description="Target epsilon of the run.")
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="Target delta of the run.")
+    clipping_norm: float = Field(
+        default=1.0, gt=0, description="C: L2 bound of one unit's joint adapter and head gradient."
+    )
+    unit: Literal["record"] = Field(default="record", description="What DP protects.")
+    tolerated_dropouts: int = Field(
+        default=0, ge=0, description="Sites that may be missing from a distributed step."
+    )
+    tolerated_colluders: int = Field(
+        default=0, ge=0, description="Sites whose noise share is assumed known to the server."
+    )
+
+
+class Aggregation(Section):
+    """What the server does with the updates."""
+
+    strategy: str = Field(
+        default="FedAvg",
+        description="Any class of flwr.serverapp.strategy that averages arrays. The distributed "
+        "mechanism sees only a sum and takes one of: " + ", ".join(SERVER_OPTIMIZERS) + ".",
+    )
+    options: dict[str, Scalar] = Field(
+        default_factory=dict, description="Keyword arguments of that class, e.g. server_momentum."
+    )
+    sites: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of sites in the run; a simulation takes sites.count. The distributed "
+        "mechanism divides the noise by it, so it is part of what a site agrees to.",
+    )
+    minimum_sites: int = Field(
+        default=2, ge=1, description="Updates needed to complete a round; fewer stop the run."
+    )
+
+
+class Rounds(Section):
+    """How long the run lasts."""
+
+    count: int = Field(default=60, ge=1, le=100_000, description="Number of rounds.")
+    deadline: float = Field(
+        default=3600.0, gt=0, description="Seconds to wait for the updates of one round."
+    )
+
+
+class Data(Section):
+    """Simulation only: which records, and what each site is asked to predict."""
+
+    source: str = Field(
+        default="sklearn:digits",
+        pattern=r"^(sklearn:digits|npz:.+)$",
+        description="`sklearn:digits`, or `npz:PATH` with arrays `images` (records, height, "
+        "width[, channels]) and `labels` (records,).",
+    )
+    test_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="Share of each site's records held out for testing."
+    )
+    label_sets: dict[str, tuple[tuple[int, ...], ...]] = Field(
+        default_factory=dict,
+        description="Named groupings of the source's labels into classes, e.g. "
+        'odd-even = [[1,3,5,7,9],[0,2,4,6,8]].',
+    )
+
+
+class Sites(Section):
+    """Simulation only: how the records are spread over sites."""
+
+    count: int = Field(default=16, ge=1, le=100_000, description="Number of sites.")
+    partitioner: str = Field(
+        default="DirichletPartitioner",
+        description="A class of flwr_datasets.partitioner.",
+    )
+    options: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="Keyword arguments of the partitioner; num_partitions, partition_by and seed "
+        "are filled in where it takes them.",
+    )
+    label_sets: tuple[str, ...] = Field(
+        default=(),
+        description="Names from data.label_sets, given to the sites in turn; empty: every site "
+        "predicts all labels of the source.",
+    )
+
+
+class Plan(Section):
+    """One federation run. See the module's docstring."""
+
+    name: str = Field(
+        default="digits", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Name of the run."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Public seed of the initial adapter and of fixed heads. A simulation derives "
+        "its partition and its reproducible noise from it as well.",
+    )
+    backbone: Backbone = Backbone()
+    adapter: Adapter = Adapter()
+    head: Head = Head()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+    rounds: Rounds = Rounds()
+    data: Data = Data()
+    sites: Sites = Sites()
+
+    @model_validator(mode="after")
+    def _mechanism_and_strategy_agree(self) -> Plan:
+        if (
+            self.privacy.mechanism == "distributed"
+            and self.aggregation.strategy not in SERVER_OPTIMIZERS
+        ):
+            raise ValueError(
+                f"aggregation.strategy={self.aggregation.strategy!r} needs every site's update, "
+                "but the distributed mechanism reveals only their sum; use one of "
+                f"{', '.join(SERVER_OPTIMIZERS)}, or privacy.mechanism='local'"
+            )
+        if self.privacy.mechanism == "distributed" and self.training.local_steps != 1:
+            raise ValueError(
+                f"training.local_steps={self.training.local_steps} does not go with the "
+                "distributed mechanism, which takes one step in a round; use 1"
+            )
+        if self.privacy.mechanism == "distributed" and self.training.sample_rate is None:
+            raise ValueError(
+                "training.sample_rate is missing: with the distributed mechanism every site must "
+                "compute the same noise, so the plan states the sample rate"
+            )
+        if self.adapter.method == "none" and self.privacy.mechanism == "distributed":
+            raise ValueError(
+                "adapter.method='none' leaves nothing to aggregate; use an adapter, or stay alone"
+            )
+        for name in self.sites.label_sets:
+            if name not in self.data.label_sets:
+                raise ValueError(
+                    f"sites.label_sets names {name!r}, which data.label_sets does not define; "
+                    f"defined: {', '.join(self.data.label_sets) or 'none'}"
+                )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """T: DP-SGD steps of the whole run, the number that is accounted."""
+        return self.rounds.count * self.training.local_steps
+
+    @property
+    def noise_shares(self) -> int:
+        """h: how many noise shares are certain to be in a distributed sum (PRIVACY.md).
+
+        Raises:
+            PlanError: the number of sites is unknown, or nobody is left to add noise.
+        """
+        sites = self.aggregation.sites
+        lost = self.privacy.tolerated_dropouts + self.privacy.tolerated_colluders
+        if sites is None or sites - lost < 1:
+            raise PlanError(
+                "aggregation.sites", sites, f"more than {lost}, the dropouts and colluders",
+                "State how many sites take part; noise is shared between them.",
+            )  # fmt: skip
+        return sites - lost
+
+    @cached_property
+    def canonical(self) -> str:
+        """The plan as sorted JSON without white space, without the simulation's tables."""
+        document = self.model_dump(mode="json", exclude={"data", "sites"})
+        return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form, in hexadecimal."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    def replace(self, changes: Mapping[str, Any]) -> Plan:
+        """A copy with dotted keys changed, validated again.
+
+        Args:
+            changes: dotted key to value, e.g. `{"privacy.epsilon": 2}`.
+
+        Raises:
+            PlanError: an unknown key, or a value outside its range.
+        """
+        document = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _assign(document, key, value)
+        return parse_plan(document, origin="plan")
+
+
+def _assign(document: dict[str, Any], key: str, value: object) -> None:
+    *tables, leaf = key.split(".")
+    table = document
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise PlanError(key, value, "a key inside a table of the plan", "Check its spelling.")
+    table[leaf] = value
+
+
+def parse_plan(document: Mapping[str, Any], origin: str) -> Plan:
+    """Validates a plan that was read from `origin` (a file name, or a message).
+
+    Raises:
+        PlanError: names the first wrong field, its value and what is allowed.
+    """
+    try:
+        return Plan.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def _explain(error: ValidationError, origin: str) -> PlanError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "plan"
+    if first["type"] == "extra_forbidden":
+        section: type[BaseModel] = Plan
+        for part in first["loc"][:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+                break
+            section = annotation
+        allowed = "one of " + ", ".join(sorted(section.model_fields))
+        return PlanError(f"{origin}: {field}", first["input"], allowed, "Remove or rename the key.")
+    value = first["input"] if first["loc"] else "a plan that contradicts itself"
+    message = first["msg"].removeprefix("Value error, ")
+    return PlanError(f"{origin}: {field}", value, message, "Correct the value and try again.")
+
+
+def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """Reads a plan file.
+
+    Args:
+        path: a TOML file.
+        overrides: `dotted.key=value` strings, the value in TOML syntax (a bare word is a string).
+
+    Raises:
+        PlanError: the file is missing or not TOML, or a field is wrong.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(str(path), "no such file", "a TOML file", "Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(str(path), str(error), "TOML in UTF-8", "Correct the file.") from None
+    for override in overrides:
+        key, value = parse_override(override)
+        _assign(document, key, value)
+    return parse_plan(document, origin=str(path))
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """Splits `privacy.epsilon=2` into a dotted key and a TOML value.
+
+    Raises:
+        PlanError: there is no `=` or no key.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise PlanError(
+            "--set", text, "KEY=VALUE, e.g. privacy.epsilon=2", "Write it in that form."
+        )
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()

@@ -1,0 +1,1 @@
+"""Rounds, aggregation, checkpoints and export."""

@@ -1,0 +1,146 @@
+"""A federation run, seen from the server: rounds over a grid, a checkpoint after each.
+
+The loop is ours because `Strategy.start` cannot begin in the middle, and because a reply is
+checked against the plan's schema before any strategy sees it. The grid is whatever carries the
+messages: in-process, Flower's simulation, or a SuperLink.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from fedgraft_common.adapted import adapted_backbone
+from fedgraft_common.errors import FedgraftError, MessageError
+from fedgraft_common.messages import (
+    ADAPTER,
+    STATUS,
+    Status,
+    Tensors,
+    TensorSpec,
+    from_record,
+    read_status,
+)
+from fedgraft_common.plan import Plan
+from fedgraft_server.aggregation import Aggregator
+from fedgraft_server.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """What the server knows about a finished round.
+
+    Attributes:
+        number: from 1.
+        adapter: the adapter after it.
+        sites: updates that went in.
+        bytes_received: size of those updates' tensors.
+    """
+
+    number: int
+    adapter: Tensors
+    sites: int
+    bytes_received: int
+
+
+def run_federation(
+    plan: Plan,
+    grid: Grid,
+    directory: Path,
+    on_round: Callable[[RoundSummary], None] = lambda _: None,
+    durable: bool = True,
+) -> Tensors:
+    """Runs a plan to its last round, from its newest checkpoint if there is one.
+
+    Args:
+        plan: the run; `aggregation.sites` says how many sites take part.
+        grid: carries the messages.
+        directory: for checkpoints and the exported adapter.
+        on_round: called after each finished round.
+        durable: whether a checkpoint waits for the disk.
+
+    Returns:
+        The final adapter, which is also saved in PEFT's format under `directory/adapter`.
+
+    Raises:
+        MessageError: too few usable updates arrived in a round.
+        CheckpointError: the newest checkpoint is damaged or belongs to another plan.
+    """
+    model = adapted_backbone(plan)
+    aggregator = Aggregator(plan, model.schema)
+    checkpoint = newest_checkpoint(directory, plan) or Checkpoint(0, model.state(), {})
+    aggregator.restore(checkpoint.strategy)
+    adapter = checkpoint.adapter
+    for number in range(checkpoint.round + 1, plan.rounds.count + 1):
+        requests = aggregator.requests(number, adapter, grid)
+        replies = grid.send_and_receive(requests, timeout=plan.rounds.deadline)
+        updates = usable_updates(plan, model.schema, number, list(replies))
+        adapter = aggregator.next_adapter(number, adapter, updates)
+        finished = Checkpoint(number, adapter, aggregator.state())
+        save_checkpoint(directory, plan, finished, durable)
+        size = sum(t.nbytes for update in updates for t in update.values())
+        on_round(RoundSummary(number, adapter, len(updates), size))
+    model.load(adapter)
+    model.save(directory / "adapter")
+    return adapter
+
+
+def usable_updates(
+    plan: Plan, schema: tuple[TensorSpec, ...], number: int, replies: list[Message]
+) -> list[Tensors]:
+    """The updates of a round, in the order of node ids.
+
+    Raises:
+        MessageError: fewer than the plan asks for; nothing is aggregated then.
+    """
+    updates: list[Tensors] = []
+    refused: list[str] = []
+    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+        try:
+            updates.append(_update(schema, number, reply))
+        except FedgraftError as error:
+            log.warning("round %d, node %d: %s", number, reply.metadata.src_node_id, error)
+            refused.append(str(error.value))
+    needed = plan.aggregation.minimum_sites
+    if plan.privacy.mechanism == "distributed":
+        needed = max(needed, plan.noise_shares)
+    if len(updates) < needed:
+        raise MessageError(
+            f"round {number}", f"{len(updates)} usable updates, {len(refused)} without one "
+            f"({', '.join(sorted(set(refused))) or 'none'})", f"at least {needed}",
+            "Look into the sites' own logs; then resume, or lower aggregation.minimum_sites.",
+        )  # fmt: skip
+    return updates
+
+
+def _update(schema: tuple[TensorSpec, ...], number: int, reply: Message) -> Tensors:
+    status = read_status(reply)
+    if status is not Status.OK:
+        raise MessageError("status", status.value, "ok", "See the site's log.")
+    answered = reply.content.config_records[STATUS].get("round")
+    if answered != number:
+        raise MessageError("round", answered, str(number), "A late reply was ignored.")
+    return from_record(reply.content.array_records[ADAPTER], schema)
+
+
+def server_app(
+    plan: Plan,
+    directory: Path,
+    on_round: Callable[[RoundSummary], None] = lambda _: None,
+    durable: bool = True,
+) -> ServerApp:
+    """The run as a Flower ServerApp."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run_federation(plan, grid, directory, on_round, durable)
+
+    return app

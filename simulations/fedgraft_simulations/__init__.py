@@ -1,0 +1,1 @@
+"""A whole federation on one machine: grids, partitions, comparisons, benchmarks."""

@@ -1,0 +1,148 @@
+"""Which records a simulated site holds: a real data source, spread by a flwr-datasets partitioner.
+
+Shapes: N records, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgraft_client.data import Records
+from fedgraft_common.errors import DataError, PlanError
+from fedgraft_common.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One simulated site's records.
+
+    Attributes:
+        name: of the site.
+        classes: names of its classes.
+        train: records it trains on.
+        test: records held out to compare methods; they take no part in training.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Records
+    test: Records
+
+
+def load_source(source: str) -> Records:
+    """All records of a plan's data source.
+
+    Raises:
+        DataError: no such file, not an npz file, or arrays that are missing or misshapen.
+    """
+    if source == "sklearn:digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        return Records(images, torch.tensor(digits.target, dtype=torch.int64))
+    path = Path(source.removeprefix("npz:"))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels, labels = file["images"], file["labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data.source {path}", str(error), "an npz file with arrays images and labels",
+            "Write it with numpy.savez(path, images=..., labels=...).",
+        ) from None  # fmt: skip
+    if pixels.ndim not in (3, 4) or labels.ndim != 1 or len(labels) != len(pixels):
+        raise DataError(
+            f"data.source {path}", f"images {pixels.shape}, labels {labels.shape}",
+            "images (records, height, width[, channels]) and labels (records,)",
+            "Reshape the arrays.",
+        )  # fmt: skip
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    scale = 255.0 if pixels.dtype == np.uint8 else 1.0
+    images = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2) / scale
+    return Records(images.contiguous(), torch.tensor(labels, dtype=torch.int64))
+
+
+def partition(plan: Plan) -> list[Share]:
+    """Spreads the plan's data over its sites.
+
+    Raises:
+        PlanError: no such partitioner, or options it does not take.
+        DataError: the data source cannot be read, or a site is left without records.
+    """
+    records = load_source(plan.data.source)
+    names = tuple(str(value) for value in records.labels.unique().tolist())
+    shares = []
+    for site, indices in enumerate(_indices(plan, records.labels)):
+        label_set = plan.sites.label_sets[site % len(plan.sites.label_sets)] if (
+            plan.sites.label_sets
+        ) else None
+        groups = plan.data.label_sets[label_set] if label_set else tuple(
+            (int(name),) for name in names
+        )  # fmt: skip
+        classes = tuple("/".join(str(label) for label in group) for group in groups)
+        name = f"branch-{site:02d}"
+        shares.append(_share(plan, name, classes, groups, records, indices))
+    return shares
+
+
+def _share(
+    plan: Plan,
+    name: str,
+    classes: tuple[str, ...],
+    groups: tuple[tuple[int, ...], ...],
+    records: Records,
+    indices: torch.Tensor,
+) -> Share:
+    new_label = torch.full((int(records.labels.max()) + 1,), -1)
+    for number, group in enumerate(groups):
+        new_label[list(group)] = number
+    mine = indices[new_label[records.labels[indices]] >= 0]
+    if len(mine) < 2:
+        raise DataError(
+            f"site {name}: records", len(mine), "at least two, one to train and one to test",
+            "Use fewer sites, or partitioner options that give every site records.",
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(plan.seed)
+    mine = mine[torch.randperm(len(mine), generator=generator)]
+    held_out = min(max(1, round(len(mine) * plan.data.test_fraction)), len(mine) - 1)
+    test, train = mine[:held_out], mine[held_out:]
+    return Share(
+        name,
+        classes,
+        Records(records.images[train], new_label[records.labels[train]]),
+        Records(records.images[test], new_label[records.labels[test]]),
+    )
+
+
+def _indices(plan: Plan, labels: torch.Tensor) -> list[torch.Tensor]:
+    from datasets import Dataset
+    from flwr_datasets import partitioner
+
+    name, count = plan.sites.partitioner, plan.sites.count
+    known = sorted(n for n in partitioner.__all__ if n.endswith("Partitioner") and len(n) > 11)
+    if name not in known:
+        raise PlanError("sites.partitioner", name, ", ".join(known), "Choose one of these.")
+    kind: Any = getattr(partitioner, name)
+    takes = inspect.signature(kind).parameters
+    given = {"num_partitions": count, "partition_by": "label", "seed": plan.seed}
+    settings = {k: v for k, v in given.items() if k in takes} | plan.sites.options
+    table = Dataset.from_dict({"label": labels.tolist(), "index": list(range(len(labels)))})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spread = kind(**settings)
+            spread.dataset = table
+            return [torch.tensor(spread.load_partition(i)["index"]) for i in range(count)]
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            "sites.options", dict(plan.sites.options), f"what {name} takes ({error})",
+            "Correct the options, or choose another number of sites.",
+        ) from None  # fmt: skip
