@@ -6,7 +6,10 @@ Shapes: N records, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedgraft_common.errors import DataError
@@ -72,3 +75,45 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             f"{where}: labels", int(records.labels[outside][0]),
             f"0 to {len(classes) - 1} ({', '.join(classes)})", "Correct the label map.",
         )  # fmt: skip
+
+
+def load_images(path: Path) -> torch.Tensor:
+    """Images of an npz file with an array `images`: (N, C, H, W) float32 in [0, 1].
+
+    Raises:
+        DataError: no such file, or no such array, or one that is misshapen.
+    """
+    return to_images(load_arrays(path, ("images",))["images"], path)
+
+
+def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Named arrays of an npz file; pickled objects are refused.
+
+    Raises:
+        DataError: the file or an array cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            str(path), str(error), f"an npz file with arrays {' and '.join(names)}",
+            "Write it with numpy.savez(path, images=..., ...).",
+        ) from None  # fmt: skip
+
+
+def to_images(pixels: np.ndarray[Any, Any], path: Path) -> torch.Tensor:
+    """(N, H, W[, C]) of uint8, or of floats in [0, 1], as (N, C, H, W) float32 in [0, 1].
+
+    Raises:
+        DataError: another shape or type.
+    """
+    if pixels.ndim not in (3, 4) or (pixels.dtype != np.uint8 and pixels.dtype.kind != "f"):
+        raise DataError(
+            f"{path}: images", f"{pixels.dtype}{pixels.shape}",
+            "(records, height, width[, channels]) of 8-bit integers or floats in [0, 1]",
+            "Reshape or scale the array.",
+        )  # fmt: skip
+    scale = 255.0 if pixels.dtype == np.uint8 else 1.0
+    images = torch.tensor(pixels.astype(np.float32) / scale)
+    return (images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)).contiguous()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedgraft_common.adapters import AdapterMethod, find_method
-from fedgraft_common.backbone import Backbone, load_backbone
+from fedgraft_common.backbone import Backbone, Pooling, load_backbone
 from fedgraft_common.errors import AdapterError
 from fedgraft_common.messages import Tensors, TensorSpec
 from fedgraft_common.plan import Adapter, Plan
@@ -99,27 +99,39 @@ class AdaptedBackbone(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Features of prepared inputs: (N, C, H, W) float32 to (N, D) float32."""
-        return self.pool(self.peft(inputs))
-
-    def pool(self, output: Any) -> torch.Tensor:
-        """One vector a record from a model's output (N, tokens, D) or (N, D, H, W)."""
-        pooled = getattr(output, "pooler_output", None)
-        if self.pooling == "pooler" or (self.pooling is None and pooled is not None):
-            if pooled is None:
-                raise AdapterError(
-                    "backbone.pooling", "pooler", "cls or mean: this model has no pooler",
-                    "Choose another pooling.",
-                )  # fmt: skip
-            return pooled.flatten(1).float()  # type: ignore[no-any-return]
-        hidden: torch.Tensor = output.last_hidden_state
-        if hidden.dim() == 4:
-            return hidden.flatten(2).mean(dim=2).float()
-        return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(dim=1)).float()
+        return pool(self.peft(inputs), self.pooling)
 
     def save(self, directory: Path) -> None:
         """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""
         save: Any = self.peft
         save.save_pretrained(directory, safe_serialization=True)
+
+
+def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:
+    """One feature vector a record from a model's output.
+
+    Args:
+        output: has `last_hidden_state` (N, tokens, D) or (N, D, H, W), maybe `pooler_output`.
+        pooling: None takes the model's own pooler if it has one, else the mean.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        AdapterError: the pooler is asked for and there is none.
+    """
+    pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
+    if pooling == "pooler" or (pooling is None and pooled is not None):
+        if pooled is None:
+            raise AdapterError(
+                "backbone.pooling", "pooler", "cls or mean: this model has no pooler",
+                "Choose another pooling.",
+            )  # fmt: skip
+        return pooled.flatten(1).float()
+    hidden: torch.Tensor = output.last_hidden_state
+    if hidden.dim() == 4:
+        return hidden.flatten(2).mean(dim=2).float()
+    return (hidden[:, 0] if pooling == "cls" else hidden.mean(dim=1)).float()
 
 
 def adapted_backbone(plan: Plan) -> AdaptedBackbone:

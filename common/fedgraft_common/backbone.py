@@ -68,7 +68,7 @@ class Manifest(BaseModel):
 
     name: str
     licence: str = "unknown"
-    source: str = "unknown"
+    source: str | dict[str, Any] = "unknown"
     preprocessing: Preprocessing
     pooling: Pooling | None = None
     blocks: tuple[str, ...] = ()
@@ -185,11 +185,12 @@ def _manifest(directory: Path, model: nn.Module) -> Manifest:
         if path.is_file():
             return Manifest.model_validate_json(path.read_bytes())
         return Manifest(name=directory.name, preprocessing=_processor_constants(directory, model))
-    except (ValidationError, json.JSONDecodeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
         raise BackboneError(
-            str(path), str(error).splitlines()[0], "a manifest with name and preprocessing",
-            "Correct the file, or remove it.",
-        ) from None  # fmt: skip
+            f"{path}: {field}", first["input"], first["msg"], "Correct the file, or remove it."
+        ) from None
 
 
 def _processor_constants(directory: Path, model: nn.Module) -> Preprocessing:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgraft_client.data import Records
+from fedgraft_client.data import Records, load_arrays, to_images
 from fedgraft_common.errors import DataError, PlanError
 from fedgraft_common.plan import Plan
 
@@ -49,25 +49,14 @@ def load_source(source: str) -> Records:
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
         return Records(images, torch.tensor(digits.target, dtype=torch.int64))
     path = Path(source.removeprefix("npz:"))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pixels, labels = file["images"], file["labels"]
-    except (OSError, ValueError, KeyError) as error:
+    arrays = load_arrays(path, ("images", "labels"))
+    images, labels = to_images(arrays["images"], path), arrays["labels"]
+    if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iu":
         raise DataError(
-            f"data.source {path}", str(error), "an npz file with arrays images and labels",
-            "Write it with numpy.savez(path, images=..., labels=...).",
-        ) from None  # fmt: skip
-    if pixels.ndim not in (3, 4) or labels.ndim != 1 or len(labels) != len(pixels):
-        raise DataError(
-            f"data.source {path}", f"images {pixels.shape}, labels {labels.shape}",
-            "images (records, height, width[, channels]) and labels (records,)",
-            "Reshape the arrays.",
+            f"{path}: labels", f"{labels.dtype}{labels.shape}",
+            f"{len(images)} integers, one for each image", "Write one label for each image.",
         )  # fmt: skip
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    scale = 255.0 if pixels.dtype == np.uint8 else 1.0
-    images = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2) / scale
-    return Records(images.contiguous(), torch.tensor(labels, dtype=torch.int64))
+    return Records(images, torch.tensor(labels.astype(np.int64)))
 
 
 def partition(plan: Plan) -> list[Share]:

@@ -11,7 +11,6 @@ Shape legend: B batch, F fonts, L letters (52), C channels, H = W pixels, D feat
 
 import hashlib
 import json
-import math
 import string
 import time
 from collections.abc import Iterator
@@ -47,6 +46,7 @@ LABELS = tuple(LETTERS.index(c.lower() if c.lower() in SAME_SHAPE else c) for c 
 CANVAS = 48  # pixels at which letters are rendered and distorted
 # A third of the letters keeps its detail; the rest passes through as few pixels as a coarse scan has.
 RESOLUTIONS = (8, 8, 8, 12, 16, CANVAS)
+HIDDEN_SIZES = (24, 48, 96)
 BLOCKS = ("encoder.stages.0", "encoder.stages.1", "encoder.stages.2")
 MEAN, STD = 0.3, 0.35
 
@@ -63,7 +63,8 @@ class Pretrained:
 def letter_fonts() -> list[Path]:
     """Fonts shipped with matplotlib that draw all 52 letters (symbol fonts map letters to symbols: left out)."""
     directory = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = sorted(path for pattern in FONT_LICENCES for path in directory.glob(pattern) if path.name not in SYMBOL_FONTS)
+    found = {path for pattern in FONT_LICENCES for path in directory.glob(pattern)}
+    fonts = sorted(path for path in found if path.name not in SYMBOL_FONTS)
     codes = {ord(letter) for letter in LETTERS}
     return [path for path in fonts if codes <= FT2Font(str(path)).get_charmap().keys()]
 
@@ -94,8 +95,10 @@ def distort(glyphs_BHW: Tensor, size: int, generator: torch.Generator) -> Tensor
     angle, shear = uniform(-0.35, 0.35), uniform(-0.4, 0.4)
     width, height = uniform(0.85, 1.5), uniform(0.75, 1.05)  # above 1 shrinks
     cos, sin = angle.cos(), angle.sin()
-    rows = (torch.stack([width * cos, shear - sin, uniform(-0.1, 0.1)], 1),
-            torch.stack([sin, height * cos, uniform(-0.1, 0.1)], 1))
+    rows = (
+        torch.stack([width * cos, shear - sin, uniform(-0.1, 0.1)], 1),
+        torch.stack([sin, height * cos, uniform(-0.1, 0.1)], 1),
+    )
     grid_BHW2 = F.affine_grid(torch.stack(rows, 1), [batch, 1, canvas, canvas], align_corners=False)
     waves = torch.randn(batch, 2, 4, 4, generator=generator) * uniform(0.0, 0.12, 1, 1, 1)
     elastic_B2HW = F.interpolate(waves, size=(canvas, canvas), mode="bicubic", align_corners=False)
@@ -168,7 +171,7 @@ def pretrain(
         logits = classifier(pooled_features(model, pixels))
         loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -185,7 +188,7 @@ def features_of(model: nn.Module, pixels_BCHW: Tensor) -> np.ndarray[Any, np.dty
     """Frozen features [B, D] of a whole set."""
     model.eval()
     features: np.ndarray[Any, np.dtype[np.float32]] = torch.cat(
-        [pooled_features(model, chunk) for chunk in pixels_BCHW.split(256)]
+        [pooled_features(model, chunk) for chunk in torch.split(pixels_BCHW, 256)]
     ).numpy()
     return features
 
@@ -221,7 +224,11 @@ def linear_probe_digits(model: nn.Module, size: int, channels: int = 1) -> float
 def glyph_resnet() -> ResNetModel:
     """The embedded backbone: a ResNet of basic blocks, one input channel, 392 thousand parameters."""
     config = ResNetConfig(
-        num_channels=1, embedding_size=24, hidden_sizes=[24, 48, 96], depths=[2, 2, 2], layer_type="basic"
+        num_channels=1,
+        embedding_size=HIDDEN_SIZES[0],
+        hidden_sizes=list(HIDDEN_SIZES),
+        depths=[2, 2, 2],
+        layer_type="basic",
     )
     model: ResNetModel = ResNetModel(config)
     return model
@@ -254,7 +261,7 @@ def main(
         fonts = letter_fonts()
         seen = render_letters([font for font in fonts if font.name not in HELD_OUT_FONTS])
         unseen = render_letters([font for font in fonts if font.name in HELD_OUT_FONTS])
-        features = model.config.hidden_sizes[-1]
+        features = HIDDEN_SIZES[-1]
         result = pretrain(model, glyph_batches(seen, batch_size, size, generator), features, steps)
     letters = linear_probe_letters(model, seen, unseen, size, generator)
     digit_accuracy = linear_probe_digits(model, size)

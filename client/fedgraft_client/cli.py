@@ -1,0 +1,42 @@
+"""`fedgraft predict`: use what a federation left behind, at home."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Predict new records with an adapter and a sealed head.")
+
+
+@app.command()
+def predict(
+    images: Annotated[Path, typer.Argument(help="npz file with an array `images`.")],
+    adapter: Annotated[Path, typer.Option(help="Adapter directory in PEFT's format.")],
+    head: Annotated[Path, typer.Option(help="The site's sealed.safetensors.")],
+    backbone: Annotated[
+        str, typer.Option(help="The plan's backbone.source.", envvar="FEDGRAFT_BACKBONE")
+    ] = "embedded:glyphs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of CSV.")] = False,
+) -> None:
+    """Print the class and its probability for each record."""
+    from fedgraft_client import predict as prediction
+    from fedgraft_client.data import load_images
+    from fedgraft_common.plan import Backbone
+
+    found = prediction.predict(Backbone(source=backbone), adapter, head, load_images(images))
+    best = found.probabilities.max(dim=1).values.tolist()
+    rows = [
+        {"record": i, "label": label, "probability": round(p, 6)}
+        for i, (label, p) in enumerate(zip(found.labels, best, strict=True))
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    writer = csv.DictWriter(sys.stdout, ["record", "label", "probability"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)

@@ -1,0 +1,81 @@
+"""The `fedgraft` command. Each package owns its sub-commands; they are loaded when they are called.
+
+Loading by name keeps `common` free of imports of the other packages, and keeps start-up fast:
+`fedgraft --help` imports neither torch nor Flower.
+
+Exit codes: 0 done; 1 the input is wrong or a run failed (one line on standard error says what,
+what is allowed and what to do); 2 the command line itself is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+
+import click
+import typer
+
+from fedgraft_common.errors import FedgraftError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a sub-command lives and what the help says about it."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "simulate": Command(
+        "fedgraft_simulations.cli", "Run a plan on this machine, beside the alternatives."
+    ),
+    "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
+    "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
+}
+
+
+class LazyGroup(click.Group):
+    """Shows every sub-command's help line, but imports only the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A stand-in for the help page."""
+        command = COMMANDS.get(cmd_name)
+        return click.Command(cmd_name, help=command.help) if command else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The real command, now that it is called."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            module = importlib.import_module(COMMANDS[name].module)
+            command = typer.main.get_command(module.app)  # type: ignore[assignment]
+            assert command is not None  # noqa: S101 - typer always returns one
+            command.name = name
+        return name, command, rest
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedgraft", prog_name="fedgraft")
+def group() -> None:
+    """Adapt one frozen backbone together, under differential privacy.
+
+    Only adapters leave a site.
+    """
+
+
+def main() -> None:
+    """Entry point: turns a FedgraftError into one line and exit code 1."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    try:
+        group(prog_name="fedgraft")
+    except FedgraftError as error:
+        click.echo(f"fedgraft: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,199 @@
+"""A study as text: the words for its numbers, and two tables for the terminal.
+
+The words are shared with the HTML report, so that both say the same thing. Epsilon is rounded up,
+never down: a printed promise is not smaller than the one that was accounted.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedgraft_simulations.comparison import Row, Study, Summary
+
+SHORT_TITLES = {
+    "alone-head": "alone, head",
+    "alone-adapter": "alone, adapter",
+    "local": "local",
+    "distributed": "distributed",
+    "none": "no DP",
+}
+NOT_APPLICABLE = "–"
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLine:
+    """One site, over all seeds.
+
+    Each seed spreads the records anew, so what a site holds may differ between seeds: counts and
+    noise are (smallest, largest) over seeds, accuracies are means.
+
+    Attributes:
+        name: of the site.
+        train: records it trains on.
+        test: records held out.
+        classes: names of its classes.
+        sample_rate: q.
+        noise_multiplier: sigma; 0 without DP.
+        epsilon: the largest over seeds; infinite without DP.
+        accuracy: row key to mean accuracy after the refit, in [0, 1].
+    """
+
+    name: str
+    train: Range
+    test: Range
+    classes: tuple[str, ...]
+    sample_rate: Range
+    noise_multiplier: Range
+    epsilon: float
+    accuracy: dict[str, float]
+
+
+def site_lines(study: Study) -> list[SiteLine]:
+    """Every site, most training records first."""
+    lines = []
+    for number, first in enumerate(study.comparisons[0].sites):
+        sites = [comparison.sites[number] for comparison in study.comparisons]
+        rows = zip(*(comparison.rows for comparison in study.comparisons), strict=True)
+        lines.append(
+            SiteLine(
+                name=first.name,
+                train=extent(site.train for site in sites),
+                test=extent(site.test for site in sites),
+                classes=tuple(dict.fromkeys(name for site in sites for name in site.classes)),
+                sample_rate=extent(site.sample_rate for site in sites),
+                noise_multiplier=extent(site.noise_multiplier for site in sites),
+                epsilon=max(site.epsilon for site in sites),
+                accuracy={same[0].key: fmean(row.refit[number] for row in same) for same in rows},
+            )
+        )
+    return sorted(lines, key=lambda line: (-sum(line.train), line.name))
+
+
+def extent(values: Iterable[float]) -> Range:
+    """The smallest and the largest of some numbers."""
+    found = list(values)
+    return min(found), max(found)
+
+
+def short_title(row: Row | Summary) -> str:
+    """What a row is called where there is little room."""
+    return SHORT_TITLES.get(row.key, row.title)
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage without its sign."""
+    return NOT_APPLICABLE if share is None else f"{share * 100:.1f}"
+
+
+def accuracy_words(summary: Summary, seeds: int) -> str:
+    """Mean accuracy, with the standard deviation over seeds if there are several."""
+    spread = f" ± {summary.deviation * 100:.1f}" if seeds > 1 else ""
+    return percent(summary.refit) + spread
+
+
+def epsilon_words(epsilon: float) -> str:
+    """Epsilon to two decimals, rounded up; 0 is `nothing leaves`, infinity is `no DP`."""
+    if epsilon == 0:
+        return "nothing leaves"
+    if math.isinf(epsilon):
+        return "no DP"
+    return f"{math.ceil(epsilon * 100 - 1e-6) / 100:.2f}"
+
+
+def delta_words(delta: float) -> str:
+    """Delta in scientific notation, as it is written in a plan; 0 is a dash."""
+    if delta == 0:
+        return NOT_APPLICABLE
+    mantissa, exponent = f"{delta:.5e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def range_words(values: Range, digits: int = 3) -> str:
+    """One number, or `smallest–largest` where they differ at this many significant digits."""
+    low, high = (_significant(value, digits) for value in values)
+    return low if low == high else f"{low}–{high}"
+
+
+def _significant(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.{digits}g}"
+
+
+def summary_table(study: Study) -> Table:
+    """The rows of a study: accuracy, epsilon and delta, in at most 80 columns."""
+    seeds = len(study.comparisons)
+    plan = study.comparisons[0].plan
+    caption = "> the plan's mechanism. Accuracy in %, mean over sites"
+    caption += (
+        f" and {seeds} seeds, ± standard deviation over seeds." if seeds > 1 else "; one seed."
+    )
+    table = _table(f"Plan {plan.name}: {len(study.comparisons[0].sites)} sites", caption, gap=2)
+    table.add_column("")
+    table.add_column("after sealed\nrefit", justify="right", no_wrap=True)
+    table.add_column("trained\nhead", justify="right", no_wrap=True)
+    table.add_column("epsilon", justify="right", no_wrap=True)
+    table.add_column("delta", justify="right", no_wrap=True)
+    for summary in study.summaries:
+        own = summary.key == plan.privacy.mechanism
+        table.add_row(
+            Text(("> " if own else "  ") + summary.title),
+            accuracy_words(summary, seeds),
+            percent(summary.trained),
+            epsilon_words(summary.epsilon),
+            delta_words(summary.delta),
+            style="bold" if own else None,
+        )
+    return table
+
+
+def site_table(study: Study) -> Table:
+    """Every site: records, sample rate, noise, epsilon, accuracy per row, in 80 columns."""
+    plan = study.comparisons[0].plan
+    promise = "no DP" if plan.privacy.mechanism == "none" else (
+        f"epsilon at delta {delta_words(plan.privacy.delta)}"
+    )  # fmt: skip
+    caption = (
+        f"Accuracy after the sealed refit, in %; {promise}; q and sigma of the plan's mechanism."
+    )
+    table = _table(f"Plan {plan.name}: sites", caption, gap=1)
+    table.add_column("site", overflow="fold")
+    for heading in ("records", "q", "sigma", "epsilon"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for summary in study.summaries:
+        table.add_column(short_title(summary).replace(", ", "\n"), justify="right", no_wrap=True)
+    for line in site_lines(study):
+        table.add_row(
+            Text(line.name),
+            range_words(line.train),
+            range_words(line.sample_rate),
+            range_words(line.noise_multiplier),
+            epsilon_words(line.epsilon),
+            *(percent(line.accuracy[summary.key]) for summary in study.summaries),
+        )
+    return table
+
+
+def summary_text(study: Study, width: int = 80) -> str:
+    """The summary table and the verdict as plain text, without colours or trailing spaces."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(summary_table(study))
+        console.print(Text(study.verdict))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _table(title: str, caption: str, gap: int) -> Table:
+    return Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap - 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
