@@ -18,7 +18,9 @@ def make_comparison(
     seed: int = 0,
 ) -> Comparison:
     """Two sites; the plan's row, two ways to stay alone, and no DP."""
-    plan = parse_plan({"seed": seed, "privacy": {"mechanism": mechanism}}, origin="test")
+    training = {"sample_rate": 0.5}
+    document = {"seed": seed, "training": training, "privacy": {"mechanism": mechanism}}
+    plan = parse_plan(document, origin="test")
     rows = (
         Row("alone-head", "alone, head only", 0.0, tuple(a - 0.1 for a in alone)),
         Row("alone-adapter", "alone, adapter + head", 0.0, tuple(alone)),
@@ -92,7 +94,7 @@ def test_document_is_strict_json(mechanism: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["<script>alert(1)</script>", 'x"onload="y', "A", "", "a b", "a/b"]
+    "name", ["<script>alert(1)</script>", 'x"onload="y', "A", "", "a b", "a/b", "a\n"]
 )
 def test_a_plan_cannot_have_a_hostile_name(name: str) -> None:
     with pytest.raises(ValidationError):

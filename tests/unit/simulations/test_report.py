@@ -4,11 +4,11 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from fedgraft_common.messages import Status
 from fedgraft_common.plan import parse_plan
 from fedgraft_simulations.comparison import Comparison, Point, Row, SiteFacts, Study, Tensor
 from fedgraft_simulations.report import (
@@ -171,8 +171,15 @@ def test_every_row_site_and_tensor_appears(tmp_path: Path) -> None:
     assert "2 tensors, 2.1 kB in a round" in page.text
     assert "12.3 kB from each site" in page.text  # 3 rounds of 4,096 bytes
     assert "Seed 0 & more." in page.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flwr imports typer, which warns
+def test_every_status_is_named(tmp_path: Path) -> None:
+    from fedgraft_common.messages import Status
+
+    text = Page(page_of(Study((make_comparison(),)), tmp_path)).text
     for status in Status:
-        assert status.value in page.text.split("What left each site")[1]
+        assert f" {status.value} " in text.split("What left each site")[1]
 
 
 def test_the_plans_own_row_is_marked(tmp_path: Path) -> None:
@@ -286,7 +293,7 @@ def test_labels_are_moved_apart_and_stay_in_order() -> None:
     assert moved_apart([0.0, 5.0], [1, 1]) == [0.0, 5.0]
     assert moved_apart([1.0, 1.0, 1.0], [1, 1, 1]) == [0.0, 1.0, 2.0]
     places = moved_apart([0.0, 0.9, 1.0, 1.05, 7.0], [1] * 5)
-    assert all(b - a >= 1 - 1e-12 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 1 - 1e-12 for a, b in pairwise(places))
     assert places[-1] == 7.0
 
 
