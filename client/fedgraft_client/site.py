@@ -26,7 +26,7 @@ from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.store import SiteStore
 from fedgraft_client.training import train_round
-from fedgraft_common.errors import FedgraftError, MessageError, PlanError, PrivacyError
+from fedgraft_common.errors import MessageError, PlanError, PrivacyError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
     Status,
@@ -79,7 +79,7 @@ class Site:
         self.records = records
         self.runtime = runtime
         self.store = store
-        self.last_error: FedgraftError | None = None
+        self.last_error: Exception | None = None
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
 
@@ -97,8 +97,9 @@ class Site:
             return write_reply(message, number, Status.OK, to_record(update))
         except (MessageError, PlanError, PrivacyError) as error:
             self.last_error, status = error, Status.REFUSED
-        except FedgraftError as error:
+        except Exception as error:  # Flower would send an uncaught exception's text to the server
             self.last_error, status = error, Status.FAILED
+            log.debug("site %s, round %d", self.config.name, number, exc_info=True)
         log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
         return write_reply(message, number, status)
 

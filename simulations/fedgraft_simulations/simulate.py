@@ -22,7 +22,7 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
-from fedgraft_common.errors import FedgraftError, MessageError
+from fedgraft_common.errors import MessageError
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Mechanism, Plan
 from fedgraft_server.federation import RoundSummary, server_app
@@ -229,7 +229,7 @@ class _Run:
             return checkpoint.adapter
         return final[0]
 
-    def _cause(self, error: MessageError) -> FedgraftError:
+    def _cause(self, error: MessageError) -> Exception:
         """In a simulation the researcher owns the sites, so the site's own reason is shown."""
         own = (m.site.last_error for m in self.measured)
         return next((reason for reason in own if reason is not None), error)
