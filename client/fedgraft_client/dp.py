@@ -14,17 +14,17 @@ and a noise of zero are the mechanism `none`, which promises nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import nn
 
 from fedgraft_client.gradients import Engine
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 
 
-class JointOptimizer(DPOptimizer):
+class JointOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' flat clipping over all parameters, with noise from Fedgraft's own source.
 
     Args:
@@ -50,7 +50,7 @@ class JointOptimizer(DPOptimizer):
     def add_noise(self) -> None:
         """Sets `grad` to the clipped sum plus noise, added in float64."""
         for group in self.param_groups:
-            parameters: list[nn.Parameter] = group["params"]
+            parameters: list[Any] = group["params"]  # Opacus hangs summed_grad on each
             sizes = [p.numel() for p in parameters]
             if not sizes:
                 continue

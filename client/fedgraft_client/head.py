@@ -67,6 +67,5 @@ def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> to
         return nn.functional.normalize(gaussian, dim=0).T.float()
     basis, _ = torch.linalg.qr(gaussian)
     centred = torch.eye(count, dtype=torch.float64) - 1 / count
-    return (math.sqrt(count / (count - 1)) * basis @ centred).T.float()
-
-
+    frame: torch.Tensor = math.sqrt(count / (count - 1)) * basis @ centred
+    return frame.T.float()

@@ -74,7 +74,8 @@ class Prefix(nn.Module):
 
     def _root(self) -> nn.Module:
         peft: Any = self.model.peft
-        return peft.get_base_model() if hasattr(peft, "get_base_model") else peft
+        root: nn.Module = peft.get_base_model() if hasattr(peft, "get_base_model") else peft
+        return root
 
     def _learn_what_to_skip(self, example: torch.Tensor) -> None:
         """One traced pass: which modules finish before the door, and what they return."""
@@ -94,9 +95,7 @@ class Prefix(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        outer = {
-            child for module in finished for child in module.modules() if child is not module
-        }
+        outer = {child for module in finished for child in module.modules() if child is not module}
         for module, output in finished.items():
             if module not in outer:
                 self._skipped.append((module, module.forward, output))

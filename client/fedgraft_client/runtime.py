@@ -161,7 +161,9 @@ def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def lower_precision(dtype: torch.dtype, device_type: str) -> contextlib.AbstractContextManager[None]:
+def lower_precision(
+    dtype: torch.dtype, device_type: str
+) -> contextlib.AbstractContextManager[None]:
     """Runs matrix products in bfloat16, if that is the plan's format for the frozen part."""
     if dtype is torch.float32:
         return contextlib.nullcontext()

@@ -56,9 +56,7 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
             module = importlib.import_module(COMMANDS[name].module)
-            command = typer.main.get_command(module.app)  # type: ignore[assignment]
-            assert command is not None  # noqa: S101 - typer always returns one
-            command.name = name
+            command = typer.main.get_command(module.app)
         return name, command, rest
 
 

@@ -55,7 +55,7 @@ class StepNoise:
 
 
 def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
-    """q = B / N, of public numbers only.
+    """Q = B / N, of public numbers only.
 
     Args:
         plan: holds q itself, or the expected batch B.

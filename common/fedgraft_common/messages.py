@@ -58,7 +58,9 @@ class Request:
 
 def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Tensors as a Flower record, in name order, so that equal tensors give equal bytes."""
-    return ArrayRecord({name: Array(tensors[name].detach().cpu().numpy()) for name in sorted(tensors)})
+    return ArrayRecord(
+        {name: Array(tensors[name].detach().cpu().numpy()) for name in sorted(tensors)}
+    )
 
 
 def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:

@@ -198,7 +198,7 @@ class Data(Section):
     label_sets: dict[str, tuple[tuple[int, ...], ...]] = Field(
         default_factory=dict,
         description="Named groupings of the source's labels into classes, e.g. "
-        'odd-even = [[1,3,5,7,9],[0,2,4,6,8]].',
+        "odd-even = [[1,3,5,7,9],[0,2,4,6,8]].",
     )
 
 

@@ -143,8 +143,13 @@ class Study:
             delta = self.comparisons[0].plan.privacy.delta if 0 < row.epsilon < math.inf else 0.0
             found.append(
                 Summary(
-                    row.key, row.title, max(r.epsilon for r in rows), delta,
-                    fmean(means), fmean(trained) if trained else None, spread,
+                    row.key,
+                    row.title,
+                    max(r.epsilon for r in rows),
+                    delta,
+                    fmean(means),
+                    fmean(trained) if trained else None,
+                    spread,
                 )  # fmt: skip
             )
         return found

@@ -70,9 +70,11 @@ def partition(plan: Plan) -> list[Share]:
     names = tuple(str(value) for value in records.labels.unique().tolist())
     shares = []
     for site, indices in enumerate(_indices(plan, records.labels)):
-        label_set = plan.sites.label_sets[site % len(plan.sites.label_sets)] if (
-            plan.sites.label_sets
-        ) else None
+        label_set = (
+            plan.sites.label_sets[site % len(plan.sites.label_sets)]
+            if (plan.sites.label_sets)
+            else None
+        )
         groups = plan.data.label_sets[label_set] if label_set else tuple(
             (int(name),) for name in names
         )  # fmt: skip

@@ -71,12 +71,16 @@ def letter_fonts() -> list[Path]:
 
 def render_letters(fonts: list[Path], canvas: int = CANVAS) -> Tensor:
     """Draw every letter white on black, scaled to its bounding box and centred: float32 FLHW in [0, 1]."""
-    return torch.stack([torch.stack([_render(font, letter, canvas) for letter in LETTERS]) for font in fonts])
+    return torch.stack(
+        [torch.stack([_render(font, letter, canvas) for letter in LETTERS]) for font in fonts]
+    )
 
 
 def _render(font: Path, letter: str, canvas: int) -> Tensor:
     drawn = Image.new("L", (4 * canvas, 4 * canvas))
-    ImageDraw.Draw(drawn).text((canvas, canvas), letter, fill=255, font=ImageFont.truetype(str(font), 2 * canvas))
+    ImageDraw.Draw(drawn).text(
+        (canvas, canvas), letter, fill=255, font=ImageFont.truetype(str(font), 2 * canvas)
+    )
     glyph = drawn.crop(drawn.getbbox())
     scale = 0.75 * canvas / max(glyph.size)
     glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))))
@@ -102,7 +106,9 @@ def distort(glyphs_BHW: Tensor, size: int, generator: torch.Generator) -> Tensor
     grid_BHW2 = F.affine_grid(torch.stack(rows, 1), [batch, 1, canvas, canvas], align_corners=False)
     waves = torch.randn(batch, 2, 4, 4, generator=generator) * uniform(0.0, 0.12, 1, 1, 1)
     elastic_B2HW = F.interpolate(waves, size=(canvas, canvas), mode="bicubic", align_corners=False)
-    moved_B1HW = F.grid_sample(glyphs_BHW[:, None], grid_BHW2 + elastic_B2HW.permute(0, 2, 3, 1), align_corners=False)
+    moved_B1HW = F.grid_sample(
+        glyphs_BHW[:, None], grid_BHW2 + elastic_B2HW.permute(0, 2, 3, 1), align_corners=False
+    )
 
     # Blur, then cut at a random level: a low level thickens the stroke, a high level thins it.
     blurred = F.avg_pool2d(F.avg_pool2d(moved_B1HW, 5, 1, 2), 5, 1, 2)
@@ -111,11 +117,15 @@ def distort(glyphs_BHW: Tensor, size: int, generator: torch.Generator) -> Tensor
     images_B1HW = torch.sigmoid(hardness * (blurred - level))
 
     parts = []
-    for part, resolution in zip(images_B1HW.tensor_split(len(RESOLUTIONS)), RESOLUTIONS, strict=True):
+    for part, resolution in zip(
+        images_B1HW.tensor_split(len(RESOLUTIONS)), RESOLUTIONS, strict=True
+    ):
         coarse = F.interpolate(part, size=(resolution, resolution), mode="area")
         parts.append(F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False))
     images_B1HW = torch.cat(parts) * uniform(0.7, 1.2, 1, 1, 1) + uniform(0.0, 0.03, 1, 1, 1)
-    images_B1HW = images_B1HW + torch.randn(images_B1HW.shape, generator=generator) * uniform(0.0, 0.05, 1, 1, 1)
+    images_B1HW = images_B1HW + torch.randn(images_B1HW.shape, generator=generator) * uniform(
+        0.0, 0.05, 1, 1, 1
+    )
     return images_B1HW[:, 0].clamp(0, 1)
 
 
@@ -163,7 +173,9 @@ def pretrain(
     classifier = nn.Linear(features, len(LETTERS))
     parameters = [*model.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.15
+    )
     model.train()
     started, accuracy = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
@@ -178,7 +190,10 @@ def pretrain(
         correct = (logits.detach().argmax(1) == labels).float().mean().item()
         accuracy += (correct - accuracy) * max(1 / step, 0.02)
         if progress and step % max(1, steps // 10) == 0:
-            typer.echo(f"step {step}/{steps}  letters {accuracy:.3f}  {time.perf_counter() - started:.0f} s", err=True)
+            typer.echo(
+                f"step {step}/{steps}  letters {accuracy:.3f}  {time.perf_counter() - started:.0f} s",
+                err=True,
+            )
     model.eval()
     return Pretrained(steps, time.perf_counter() - started, accuracy)
 
@@ -202,7 +217,12 @@ def digits(size: int, channels: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def linear_probe_letters(
-    model: nn.Module, seen_FLHW: Tensor, unseen_FLHW: Tensor, size: int, generator: torch.Generator, channels: int = 1
+    model: nn.Module,
+    seen_FLHW: Tensor,
+    unseen_FLHW: Tensor,
+    size: int,
+    generator: torch.Generator,
+    channels: int = 1,
 ) -> float:
     """Accuracy on fonts never trained on, of a logistic regression on features of the trained fonts."""
     sets = []
@@ -218,7 +238,9 @@ def linear_probe_digits(model: nn.Module, size: int, channels: int = 1) -> float
     pixels, labels = digits(size, channels)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     regression = LogisticRegression(max_iter=2000)
-    return float(cross_val_score(regression, features_of(model, pixels), labels.numpy(), cv=folds).mean())
+    return float(
+        cross_val_score(regression, features_of(model, pixels), labels.numpy(), cv=folds).mean()
+    )
 
 
 def glyph_resnet() -> ResNetModel:
@@ -241,14 +263,22 @@ def write_backbone(model: PreTrainedModel, out: Path, facts: dict[str, Any]) -> 
     for path in sorted(out.glob("*")):
         if path.name in ("config.json", "model.safetensors"):
             content = path.read_bytes()
-            files.append({"path": path.name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+            files.append(
+                {
+                    "path": path.name,
+                    "size": len(content),
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                }
+            )
     manifest = {"name": out.name, "files": files, **facts}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory to write; made if missing.")],
-    seed: Annotated[int, typer.Option(help="Seeds the initial weights, the letters and their distortions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seeds the initial weights, the letters and their distortions.")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3000,
     batch_size: Annotated[int, typer.Option(help="Letters per step.")] = 128,
     size: Annotated[int, typer.Option(help="Input height and width in pixels.")] = 32,
@@ -282,7 +312,11 @@ def main(
         },
         "licence": "Apache-2.0",
         "font_licences": FONT_LICENCES,
-        "source": {"script": "fedgraft_simulations.pretrain_glyphs", "seed": seed, "batch_size": batch_size},
+        "source": {
+            "script": "fedgraft_simulations.pretrain_glyphs",
+            "seed": seed,
+            "batch_size": batch_size,
+        },
         "training": {
             "data": "letters a-z A-Z rendered from matplotlib's fonts; no digits",
             "held_out_fonts": list(HELD_OUT_FONTS),
@@ -294,7 +328,9 @@ def main(
         },
     }
     write_backbone(model, out, facts)
-    typer.echo(f"trained in {result.seconds:.0f} s; linear probe: letters {letters:.4f}, digits {digit_accuracy:.4f}")
+    typer.echo(
+        f"trained in {result.seconds:.0f} s; linear probe: letters {letters:.4f}, digits {digit_accuracy:.4f}"
+    )
 
 
 if __name__ == "__main__":

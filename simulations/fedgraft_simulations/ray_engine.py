@@ -39,7 +39,7 @@ ENVIRONMENT = {
 }
 
 
-class SiteFailure(RuntimeError):
+class SiteError(RuntimeError):
     """A ClientApp raised, or its actor died; the text is Flower's report of it."""
 
 
@@ -62,7 +62,7 @@ def run_on_ray(
         actors: processes that serve the sites; as many as processors (or GPUs) if absent.
 
     Raises:
-        SiteFailure: the ClientApp raised, or an actor died.
+        SiteError: the ClientApp raised, or an actor died.
         Exception: whatever the ServerApp raised.
         RuntimeError: Ray did not start.
     """
@@ -138,12 +138,12 @@ class _AttentiveGrid(Grid):
         """The replies that have arrived.
 
         Raises:
-            SiteFailure: one of them is an error.
+            SiteError: one of them is an error.
         """
         replies = list(self._grid.pull_messages(message_ids))
         for reply in replies:
             if reply.has_error():
-                raise SiteFailure(_reason(reply.error))
+                raise SiteError(_reason(reply.error))
         return replies
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -211,7 +211,7 @@ def _surroundings() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower's warnings only: not its wish to be called otherwise, nor errors raised here anyway."""
+    """Flower's warnings, but not its wish to be called otherwise, nor errors that are raised."""
 
     def passes(record: logging.LogRecord) -> bool:
         deprecated = "`run_simulation` function is deprecated" in record.getMessage()

@@ -27,6 +27,7 @@ from fedgraft_simulations.table import (
     epsilon_words,
     extent,
     percent,
+    promise,
     range_words,
     short_title,
     site_lines,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 WIDE, NARROW = 1128, 360  # pixels; a chart's text is as large in either
-MOST_SITES_DRAWN = 48
+MOST_SITES_DRAWN = 32
 MOST_TENSORS_OPEN = 24
 FONT = 13  # pixels
 
@@ -45,23 +46,32 @@ INK, MUTED, GRID, SURFACE, PANEL = "#000001", "#000002", "#000003", "#000004", "
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", PANEL: "panel"}
 
 
+_METADATA = (
+    "Creator",
+    "Date",
+    "Format",
+    "Type",
+)  # left out: they name a time and a network address
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """How a row is drawn everywhere: never by colour alone."""
 
     colour: str
     marker: str
+    size: float  # of a marker, in pixels; pointed ones look smaller
     dash: str | tuple[float, tuple[float, ...]] = "solid"
 
 
 _LOOKS = {
-    "alone-head": Look("#000011", "s", (0, (2, 2.5))),
-    "alone-adapter": Look("#000012", "D", (0, (7, 3))),
-    "local": Look("#000013", "^"),
-    "distributed": Look("#000014", "o"),
-    "none": Look("#000015", "v"),
+    "alone-head": Look("#000011", "s", 7, (0, (2, 2.5))),
+    "alone-adapter": Look("#000012", "D", 6.5, (0, (7, 3))),
+    "local": Look("#000013", "^", 8.5),
+    "distributed": Look("#000014", "o", 8),
+    "none": Look("#000015", "v", 8.5),
 }
-_OTHER = Look("#000016", "P")
+_OTHER = Look("#000016", "P", 8)
 _VARIABLES |= {look.colour: f"row-{key}" for key, look in _LOOKS.items()}
 _VARIABLES[_OTHER.colour] = "row-other"
 
@@ -125,86 +135,6 @@ def _common_classes(lines: Sequence[SiteLine]) -> tuple[str, ...] | None:
     """The classes, if every site has the same."""
     found = {line.classes for line in lines}
     return found.pop() if len(found) == 1 else None
-
-
-def promise(study: Study) -> list[tuple[str, str]]:
-    """The privacy promise of the plan's own mechanism, item by item (PRIVACY.md)."""
-    comparison = study.comparisons[0]
-    plan = comparison.plan
-    lines = site_lines(study)
-    reproducible = (
-        "The noise of a simulation is drawn from the plan's public seed. Whoever knows the seed "
-        "can repeat it, so this simulation and its adapters promise nothing to anybody. The "
-        "numbers say what the same plan promises with noise from the operating system."
-    )
-    if plan.privacy.mechanism == "none":
-        return [
-            ("Promise", "None. Updates leave the sites without noise; no epsilon is finite."),
-            ("Unit", f"{plan.privacy.unit}; not protected"),
-            ("Mechanism", "None: no clipping and no noise, for comparison only."),
-            ("Rounds and runs", _rounds(study)),
-        ]
-    reached = epsilon_words(max(line.epsilon for line in lines))
-    rates = range_words(extent(rate for line in lines for rate in line.sample_rate))
-    noises = range_words(extent(sigma for line in lines for sigma in line.noise_multiplier), 4)
-    return [
-        (
-            "Promise",
-            "For each site, everything that leaves it in this run is (epsilon, delta)-"
-            "differentially private with respect to one unit of its data, against the server, all "
-            "other sites and anyone who later holds the adapters, all of whom may see every round.",
-        ),
-        ("Unit", f"one {plan.privacy.unit}"),
-        ("Neighbouring relation", "add or remove one unit"),
-        (
-            "Epsilon",
-            f"at most {reached} at any site (target {plan.privacy.epsilon:g}), rounded up",
-        ),
-        ("Delta", delta_words(plan.privacy.delta) + ", less than 1 / (number of units)"),
-        ("Mechanism and what it trusts", _trust(study)),
-        (
-            "Sampling",
-            f"Poisson by unit, q = {rates}; noise multiplier sigma = {noises}, clipping norm "
-            f"C = {plan.privacy.clipping_norm:g}",
-        ),
-        ("Accountant", "privacy loss distributions (PLD) of dp-accounting"),
-        ("Rounds and runs", _rounds(study)),
-        (
-            "Not promised",
-            "Protection of the site's own head or caches against someone inside the site; "
-            "protection of the existence of the site or of its declared nominal size.",
-        ),
-        ("Simulated noise", reproducible),
-    ]
-
-
-def _trust(study: Study) -> str:
-    comparison = study.comparisons[0]
-    privacy = comparison.plan.privacy
-    if privacy.mechanism == "local":
-        return "Local: every update is private on its own. It trusts nobody."
-    sites = comparison.plan.aggregation.sites or len(comparison.sites)
-    honest = sites - privacy.tolerated_dropouts - privacy.tolerated_colluders
-    return (
-        "Distributed: each site adds a share of the noise, and only the sum over sites is "
-        f"private. Against the server, the promise rests on h = {honest} of {sites} sites being "
-        f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
-        "colluders tolerated) and on secure aggregation, which must reveal only the sum. This "
-        "simulation summed in place, without the cryptography."
-    )
-
-
-def _rounds(study: Study) -> str:
-    plan = study.comparisons[0].plan
-    seeds = len(study.comparisons)
-    text = (
-        f"{plan.rounds.count} rounds of {plan.training.local_steps} step"
-        f"{'s' if plan.training.local_steps > 1 else ''}, T = {plan.steps} steps; runs included: "
-        "1. Another run on the same records would be composed with this one."
-    )
-    if seeds > 1:
-        text += f" Each of the {seeds} seeds is a run by itself; epsilon is that of one."
-    return text
 
 
 def bytes_words(count: float) -> str:
@@ -273,7 +203,7 @@ def epsilon_chart(study: Study, width: int) -> Any:
     figure, axes = _axes(width, 250, left=46, right=right, top=26, bottom=44)
     labels = []
     for line, keys in together.items():
-        look = _look(keys[0]) if len(keys) == 1 else Look(INK, "o")
+        look = _look(keys[0]) if len(keys) == 1 else Look(INK, "o", 8)
         axes.plot(
             [0, *(r for r, _ in line)], [0, *(e for _, e in line)], color=look.colour,
             linewidth=2, marker=look.marker, markersize=4, markevery=max(1, len(line) // 10),
@@ -299,9 +229,10 @@ def sites_chart(study: Study, width: int) -> Any:
     names = [_shortened(line.name, 26 if width > 600 else 13) for line in lines]
     left = 18 + round(7.2 * max(map(len, names)))
     legend = 26 * math.ceil(len(study.summaries) / (5 if width > 600 else 2))
-    height = 32 * len(lines) + legend + 74
+    lane = max(24, 8 * len(study.summaries))  # room for markers that share an accuracy
+    height = lane * len(lines) + legend + 74
     figure, axes = _axes(width, height, left=left, right=66, top=legend + 26, bottom=44)
-    step = 0.8 / max(1, len(study.summaries))
+    step = 0.86 / max(1, len(study.summaries))
     for number, line in enumerate(lines):
         if number % 2 == 0:
             axes.axhspan(number - 0.5, number + 0.5, color=PANEL, linewidth=0, zorder=0)
@@ -320,7 +251,7 @@ def sites_chart(study: Study, width: int) -> Any:
         axes.plot(
             [line.accuracy[summary.key] for line in lines],
             [number + offset for number in range(len(lines))], color=look.colour,
-            linestyle="none", marker=look.marker, markersize=8.5, markeredgewidth=0.7,
+            linestyle="none", marker=look.marker, markersize=look.size, markeredgewidth=0.7,
             markeredgecolor=SURFACE, label=short_title(summary),
         )  # fmt: skip
     axes.set_yticks(range(len(lines)), names)
@@ -500,7 +431,7 @@ def _both(study: Study, chart: Any, name: str) -> Markup:
 
 
 def _svg(study: Study, chart: Any, name: str, width: int) -> str:
-    import matplotlib
+    from matplotlib import style
 
     kind = "wide" if width == WIDE else "narrow"
     settings = {
@@ -508,21 +439,23 @@ def _svg(study: Study, chart: Any, name: str, width: int) -> str:
         "text.parse_math": False, "path.simplify": False,
     }  # fmt: skip
     file = io.StringIO()
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with style.context(["default", settings]), warnings.catch_warnings():
         # The browser draws the text, so a glyph that matplotlib's font lacks does not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = chart(study, width)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     box = svg.partition('viewBox="')[2].partition('"')[0]
     start = f'<svg class="{kind}" viewBox="{box}" aria-hidden="true" focusable="false">'
     svg = start + svg[svg.index(">") + 1 :]  # drops its fixed size and its namespaces
     prefix = f"{name}-{kind}-"  # ids are unique in a page, and matplotlib numbers each figure alike
-    svg = re.sub(r' id="', f' id="{prefix}', svg)
-    svg = svg.replace('xlink:href="#', f'href="#{prefix}').replace("url(#", f"url(#{prefix}")
+    svg = (
+        svg.replace(' id="', f' id="{prefix}')
+        .replace('xlink:href="#', f'href="#{prefix}')
+        .replace("url(#", f"url(#{prefix}")
+    )
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.strip()

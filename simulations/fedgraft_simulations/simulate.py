@@ -238,7 +238,9 @@ class _Run:
         """Accuracy per site with the head that the federation left there."""
         bench = self.measured[0].site.runtime.workbench(plan)
         sizes = [len(m.share.test) for m in self.measured]
-        everything = tuple(torch.cat(parts) for parts in zip(*(m.test for m in self.measured), strict=True))
+        everything = tuple(
+            torch.cat(parts) for parts in zip(*(m.test for m in self.measured), strict=True)
+        )
         features = bench.features(adapter, everything).split(sizes)
         return [
             correct_share(m.site.trained_head(plan), f, m.share.test.labels)
@@ -274,7 +276,10 @@ def correct_share(head: LinearHead, features: torch.Tensor, labels: torch.Tensor
 
 
 def _curve_rounds(count: int) -> set[int]:
-    return {max(1, round(count * i / CURVE_POINTS)) for i in range(1, CURVE_POINTS + 1)} | {1, count}
+    return {max(1, round(count * i / CURVE_POINTS)) for i in range(1, CURVE_POINTS + 1)} | {
+        1,
+        count,
+    }
 
 
 def _facts(measured: Measured, plan: Plan) -> SiteFacts:

@@ -1,4 +1,4 @@
-"""A study as text: the words for its numbers, and two tables for the terminal.
+"""A study as text: the words for its numbers, its promise, and two tables for the terminal.
 
 The words are shared with the HTML report, so that both say the same thing. Epsilon is rounded up,
 never down: a printed promise is not smaller than the one that was accounted.
@@ -127,6 +127,86 @@ def range_words(values: Range, digits: int = 3) -> str:
 
 def _significant(value: float, digits: int) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.{digits}g}"
+
+
+def promise(study: Study) -> list[tuple[str, str]]:
+    """The privacy promise of the plan's own mechanism, item by item (PRIVACY.md)."""
+    comparison = study.comparisons[0]
+    plan = comparison.plan
+    lines = site_lines(study)
+    reproducible = (
+        "The noise of a simulation is drawn from the plan's public seed. Whoever knows the seed "
+        "can repeat it, so this simulation and its adapters promise nothing to anybody. The "
+        "numbers say what the same plan promises with noise from the operating system."
+    )
+    if plan.privacy.mechanism == "none":
+        return [
+            ("Promise", "None. Updates leave the sites without noise; no epsilon is finite."),
+            ("Unit", f"{plan.privacy.unit}; not protected"),
+            ("Mechanism", "None: no clipping and no noise, for comparison only."),
+            ("Rounds and runs", _rounds(study)),
+        ]
+    reached = epsilon_words(max(line.epsilon for line in lines))
+    rates = range_words(extent(rate for line in lines for rate in line.sample_rate))
+    noises = range_words(extent(sigma for line in lines for sigma in line.noise_multiplier), 4)
+    return [
+        (
+            "Promise",
+            "For each site, everything that leaves it in this run is (epsilon, delta)-"
+            "differentially private with respect to one unit of its data, against the server, all "
+            "other sites and anyone who later holds the adapters, all of whom may see every round.",
+        ),
+        ("Unit", f"one {plan.privacy.unit}"),
+        ("Neighbouring relation", "add or remove one unit"),
+        (
+            "Epsilon",
+            f"at most {reached} at any site (target {plan.privacy.epsilon:g}), rounded up",
+        ),
+        ("Delta", delta_words(plan.privacy.delta) + ", less than 1 / (number of units)"),
+        ("Mechanism and what it trusts", _trust(study)),
+        (
+            "Sampling",
+            f"Poisson by unit, q = {rates}; noise multiplier sigma = {noises}, clipping norm "
+            f"C = {plan.privacy.clipping_norm:g}",
+        ),
+        ("Accountant", "privacy loss distributions (PLD) of dp-accounting"),
+        ("Rounds and runs", _rounds(study)),
+        (
+            "Not promised",
+            "Protection of the site's own head or caches against someone inside the site; "
+            "protection of the existence of the site or of its declared nominal size.",
+        ),
+        ("Simulated noise", reproducible),
+    ]
+
+
+def _trust(study: Study) -> str:
+    comparison = study.comparisons[0]
+    privacy = comparison.plan.privacy
+    if privacy.mechanism == "local":
+        return "Local: every update is private on its own. It trusts nobody."
+    sites = comparison.plan.aggregation.sites or len(comparison.sites)
+    honest = sites - privacy.tolerated_dropouts - privacy.tolerated_colluders
+    return (
+        "Distributed: each site adds a share of the noise, and only the sum over sites is "
+        f"private. Against the server, the promise rests on h = {honest} of {sites} sites being "
+        f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
+        "colluders tolerated) and on secure aggregation, which must reveal only the sum. This "
+        "simulation summed in place, without the cryptography."
+    )
+
+
+def _rounds(study: Study) -> str:
+    plan = study.comparisons[0].plan
+    seeds = len(study.comparisons)
+    text = (
+        f"{plan.rounds.count} rounds of {plan.training.local_steps} step"
+        f"{'s' if plan.training.local_steps > 1 else ''}, T = {plan.steps} steps; runs included: "
+        "1. Another run on the same records would be composed with this one."
+    )
+    if seeds > 1:
+        text += f" Each of the {seeds} seeds is a run by itself; epsilon is that of one."
+    return text
 
 
 def summary_table(study: Study) -> Table:

@@ -17,7 +17,7 @@ from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
 from fedgraft_server.federation import RoundSummary, server_app
 from fedgraft_simulations.local_grid import LocalGrid, local_context
-from fedgraft_simulations.ray_engine import SiteFailure, run_on_ray
+from fedgraft_simulations.ray_engine import SiteError, run_on_ray
 from fedgraft_simulations.sites import SimulatedSites
 
 pytestmark = [
@@ -146,7 +146,7 @@ def refuse(grid: Grid, context: Context) -> None:
 @pytest.mark.parametrize(
     ("answers", "main", "error"),
     [
-        (stumble, ask_everyone, (SiteFailure, "the site stumbled")),
+        (stumble, ask_everyone, (SiteError, "the site stumbled")),
         (echo, refuse, (KeyError, "the server refused")),
     ],
     ids=["site fails", "server fails"],

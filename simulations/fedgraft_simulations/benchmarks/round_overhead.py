@@ -1,0 +1,121 @@
+"""What a round costs when nobody computes: in-process messages against Flower's Ray engine.
+
+Both engines carry the same messages between the same ClientApp and the same ServerApp, which is
+Fedgraft's own server loop with aggregation and checkpoints. A site reads the request, checks the
+adapter against its schema and sends it back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedgraft_common.adapted import adapted_backbone
+from fedgraft_common.messages import (
+    Status,
+    TensorSpec,
+    from_record,
+    read_request,
+    to_record,
+    write_reply,
+)
+from fedgraft_common.plan import Plan
+from fedgraft_server.federation import RoundSummary, server_app
+from fedgraft_simulations.benchmarks.glyph_vit import glyph_vit
+from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way, alternate
+from fedgraft_simulations.local_grid import LocalGrid, local_context
+from fedgraft_simulations.ray_engine import run_on_ray
+
+TARGET = 40.0
+Carry = Callable[[ServerApp, ClientApp, int], None]
+
+
+def measure(repetitions: int = 3, sites: int = 10, rounds: int = 5) -> Report:
+    """Runs both engines in turn."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        plan = Plan().replace(
+            {
+                "backbone.source": f"dir:{glyph_vit(directory, steps=0)}",
+                "adapter.method": "lora",
+                "adapter.layers": "last:10",  # 276,480 float32 values
+                "privacy.mechanism": "none",
+                "rounds.count": rounds,
+                "sites.count": sites,
+            }
+        )
+        size = sum(t.nbytes for t in adapted_backbone(plan).state().values())
+        local, ray = _Engine(plan, directory, _in_process), _Engine(plan, directory, run_on_ray)
+        alternate([local.run, ray.run], repetitions)
+    return Report(
+        "round_overhead",
+        f"{sites} sites x {rounds} rounds without compute, adapter of {size / 1e6:.1f} MB",
+        ratios=(
+            Ratio("job, from call to return", ray.way(ray.total), local.way(local.total), TARGET),
+            Ratio("rounds after the first", ray.way(ray.later), local.way(local.later)),
+        ),
+        figures={
+            "one later round in-process, s": local.way(local.later).median / (rounds - 1),
+            "one later round on Ray, s": ray.way(ray.later).median / (rounds - 1),
+        },
+        notes=(
+            "The headline is the whole job, which includes starting and ending Ray: every run "
+            "pays for it. The second line leaves start-up, the first round (in which the actors "
+            "import their modules) and shut-down out.",
+        ),
+    )
+
+
+class _Engine:
+    """One engine and its times."""
+
+    def __init__(self, plan: Plan, directory: Path, carry: Carry) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.carry = carry
+        self.total: list[float] = []
+        self.later: list[float] = []
+
+    def run(self) -> float:
+        """One job."""
+        finished: list[float] = []
+
+        def note(_: RoundSummary) -> None:
+            finished.append(time.perf_counter())
+
+        with tempfile.TemporaryDirectory(dir=self.directory) as name:
+            server = server_app(self.plan, Path(name), note, durable=False)
+            started = time.perf_counter()
+            self.carry(server, echo_app(), self.plan.sites.count)
+            self.total.append(time.perf_counter() - started)
+        self.later.append(finished[-1] - finished[0])
+        return self.total[-1]
+
+    def way(self, seconds: list[float]) -> Way:
+        """For the report."""
+        name = "in-process" if self.carry is _in_process else "Flower on Ray"
+        return Way(name, tuple(seconds))
+
+
+def _in_process(server: ServerApp, app: ClientApp, sites: int) -> None:
+    server(LocalGrid(app, sites), local_context(0, 1))
+
+
+def echo_app() -> ClientApp:
+    """A site that follows the protocol and does nothing else."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request = read_request(message)
+        schema = tuple(TensorSpec(n, a.shape) for n, a in request.adapter.items())
+        adapter = from_record(request.adapter, schema)
+        return write_reply(message, request.round, Status.OK, to_record(adapter))
+
+    return app
