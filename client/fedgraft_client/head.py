@@ -29,8 +29,13 @@ class LinearHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Unnormalised log-probabilities."""
-        logits: torch.Tensor = self.linear(nn.functional.normalize(features, dim=-1))
+        logits: torch.Tensor = self.linear(self.normalise(features))
         return logits
+
+    @staticmethod
+    def normalise(features: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) at unit length."""
+        return nn.functional.normalize(features, dim=-1)
 
 
 def initial_head(plan: Plan, classes: tuple[str, ...], features: int) -> LinearHead:

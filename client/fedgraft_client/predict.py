@@ -76,6 +76,6 @@ def predict(config: BackboneConfig, adapter: Path, head: Path, images: torch.Ten
     parts = []
     with torch.no_grad():
         for chunk in images.split(256):
-            features = pool(model(backbone.manifest.preprocessing(chunk)), backbone.pooling)
-            parts.append(output(features).softmax(dim=1))
+            pooled = pool(model(backbone.manifest.preprocessing(chunk)), backbone.pooling)
+            parts.append(output(backbone.standardise(pooled)).softmax(dim=1))
     return Prediction(classes, torch.cat(parts))

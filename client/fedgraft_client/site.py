@@ -171,6 +171,6 @@ class Site:
         """Fits the head to this adapter without noise and seals it. See `refit_head`."""
         bench = self.runtime.workbench(plan)
         features = bench.features(adapter, self.cached(bench))
-        head = refit_head(features, self.records.labels, len(self.config.classes))
+        head = refit_head(features, self.records.labels, self.trained_head(plan))
         self.store.seal(plan, head, self.config.classes)
         return head

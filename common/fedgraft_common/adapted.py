@@ -99,7 +99,7 @@ class AdaptedBackbone(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Features of prepared inputs: (N, C, H, W) float32 to (N, D) float32."""
-        return pool(self.peft(inputs), self.pooling)
+        return self.backbone.standardise(pool(self.peft(inputs), self.pooling))
 
     def save(self, directory: Path) -> None:
         """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""

@@ -72,6 +72,8 @@ class Manifest(BaseModel):
     preprocessing: Preprocessing
     pooling: Pooling | None = None
     blocks: tuple[str, ...] = ()
+    feature_mean: tuple[float, ...] = ()
+    feature_std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,18 @@ class Backbone:
     pooling: Pooling | None
     blocks: tuple[str, ...]
     directory: Path
+
+    def standardise(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (N, D) in units of the backbone's own public training data.
+
+        Pooled features of a network that ends in a ReLU all point the same way; a head, and a
+        fixed head above all, needs them centred. The statistics come with the backbone, never
+        from a site's data; without them features are left as they are.
+        """
+        if not self.manifest.feature_mean:
+            return features
+        mean = features.new_tensor(self.manifest.feature_mean)
+        return (features - mean) / features.new_tensor(self.manifest.feature_std)
 
     def example(self, records: int, generator: torch.Generator) -> torch.Tensor:
         """Synthetic prepared inputs, (records, C, H, W) float32, for checks without data."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from fedgraft_client.head import LinearHead
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import SiteModel
 from fedgraft_client.site import Site
@@ -35,7 +36,8 @@ def train_alone(site: Site, plan: Plan) -> Tensors:
     """
     bench = site.runtime.workbench(plan)
     labels, classes = site.records.labels, len(site.config.classes)
-    head = refit_head(bench.features(bench.initial, site.cached(bench)), labels, classes)
+    features = bench.features(bench.initial, site.cached(bench))
+    head = refit_head(features, labels, LinearHead(bench.adapted.feature_dim, classes))
     model = SiteModel(bench.prefix, head.requires_grad_(True), bench.device)
     model.dtype = bench.dtype
     cached = tuple(tensor.to(bench.device) for tensor in site.cached(bench))

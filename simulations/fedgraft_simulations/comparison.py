@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from fedgraft_common.plan import Plan
@@ -139,7 +139,7 @@ class Study:
             rows = [comparison.rows[position] for comparison in self.comparisons]
             means = [fmean(r.refit) for r in rows]
             trained = [fmean(r.trained) for r in rows if r.trained]
-            spread = math.sqrt(fmean((m - fmean(means)) ** 2 for m in means))
+            spread = stdev(means) if len(means) > 1 else 0.0
             delta = self.comparisons[0].plan.privacy.delta if 0 < row.epsilon < math.inf else 0.0
             found.append(
                 Summary(
@@ -150,7 +150,7 @@ class Study:
                     fmean(means),
                     fmean(trained) if trained else None,
                     spread,
-                )  # fmt: skip
+                )
             )
         return found
 
@@ -169,16 +169,19 @@ class Study:
     def verdict(self) -> str:
         """Whether federating pays for this plan, said plainly."""
         gain = self.gain
+        privacy = self.comparisons[0].plan.privacy
         if gain is None:
             return "The table has no row to compare the plan with."
         points = f"{abs(gain) * 100:.1f} points of mean accuracy"
         if gain > MARGIN:
-            return f"Federating pays: {points} above the better way to stay alone."
+            promise = "without DP" if privacy.mechanism == "none" else "under DP"
+            return f"Federating {promise} pays: {points} above the better way to stay alone."
         if gain < -MARGIN:
             return (
                 f"Federating does not pay for this plan: {points} below the better way to stay "
-                "alone, which sends nothing and needs no noise. Stay alone, or use the "
-                "distributed mechanism, more sites, or a larger epsilon."
+                "alone, which sends nothing and needs no noise. Stay alone, or try "
+                + ("" if privacy.mechanism == "distributed" else "the distributed mechanism, ")
+                + "more sites or a larger epsilon."
             )
         return (
             "Federating does not pay for this plan: it is no better than staying alone, which "

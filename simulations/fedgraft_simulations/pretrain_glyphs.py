@@ -2,9 +2,10 @@
 
     python -m fedgraft_simulations.pretrain_glyphs --out DIR [--seed 0]
 
-Nothing is downloaded. Letters a-z and A-Z are rendered once, then distorted on the fly (affine, elastic,
-stroke thickness, low resolution, contrast, noise) and classified. Digits are never rendered, so a digit task
-downstream is a new task. The result is an ordinary Hugging Face directory plus `manifest.json`.
+Nothing is downloaded. Letters a-z and A-Z are rendered once, then distorted on the fly (affine,
+elastic, stroke thickness, low resolution, contrast, noise) and classified. Digits are never
+rendered, so a digit task downstream is a new task. The result is an ordinary Hugging Face
+directory plus `manifest.json`.
 
 Shape legend: B batch, F fonts, L letters (52), C channels, H = W pixels, D features.
 """
@@ -39,12 +40,12 @@ FONT_LICENCES = {
 }
 SYMBOL_FONTS = ("cmsy10.ttf",)  # its codes for letters draw calligraphic capitals and signs
 HELD_OUT_FONTS = ("DejaVuSansMono-Oblique.ttf", "STIXGeneralItalic.ttf", "cmss10.ttf")
-# Once scaled to its bounding box the capital cannot be told from the small letter: one class for both.
+# Scaled to its bounding box the capital looks like the small letter: one class for both.
 SAME_SHAPE = "cosvwxz"
 LABELS = tuple(LETTERS.index(c.lower() if c.lower() in SAME_SHAPE else c) for c in LETTERS)
 
 CANVAS = 48  # pixels at which letters are rendered and distorted
-# A third of the letters keeps its detail; the rest passes through as few pixels as a coarse scan has.
+# A third of the letters keeps its detail; the rest passes through as few pixels as a coarse scan.
 RESOLUTIONS = (8, 8, 8, 12, 16, CANVAS)
 HIDDEN_SIZES = (24, 48, 96)
 BLOCKS = ("encoder.stages.0", "encoder.stages.1", "encoder.stages.2")
@@ -53,7 +54,7 @@ MEAN, STD = 0.3, 0.35
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What one training run cost and reached. `train_accuracy` is a running mean over the last steps."""
+    """What one training run cost and reached; `train_accuracy` is a mean over the last steps."""
 
     steps: int
     seconds: float
@@ -61,7 +62,7 @@ class Pretrained:
 
 
 def letter_fonts() -> list[Path]:
-    """Fonts shipped with matplotlib that draw all 52 letters (symbol fonts map letters to symbols: left out)."""
+    """Fonts shipped with matplotlib that draw all 52 letters (symbol fonts are left out)."""
     directory = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = {path for pattern in FONT_LICENCES for path in directory.glob(pattern)}
     fonts = sorted(path for path in found if path.name not in SYMBOL_FONTS)
@@ -70,7 +71,7 @@ def letter_fonts() -> list[Path]:
 
 
 def render_letters(fonts: list[Path], canvas: int = CANVAS) -> Tensor:
-    """Draw every letter white on black, scaled to its bounding box and centred: float32 FLHW in [0, 1]."""
+    """Every letter white on black, scaled to its bounding box, centred: float32 FLHW in [0, 1]."""
     return torch.stack(
         [torch.stack([_render(font, letter, canvas) for letter in LETTERS]) for font in fonts]
     )
@@ -90,7 +91,7 @@ def _render(font: Path, letter: str, canvas: int) -> Tensor:
 
 
 def distort(glyphs_BHW: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Random handwriting-like copies of glyphs at `size` pixels: float32 [B, size, size] in [0, 1]."""
+    """Random handwriting-like copies of glyphs: float32 [B, size, size] in [0, 1]."""
     batch, canvas = glyphs_BHW.shape[:2]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -148,7 +149,7 @@ def glyph_batches(
 
 
 def pooled_features(model: nn.Module, pixels_BCHW: Tensor) -> Tensor:
-    """Features [B, D]: the pooler's output when it is spatial (ResNet), else the mean over tokens (ViT)."""
+    """Features [B, D]: a spatial pooler's output (ResNet), else the mean over tokens (ViT)."""
     output = model(pixel_values=pixels_BCHW)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None and pooled.dim() == 4:
@@ -168,7 +169,7 @@ def pretrain(
 ) -> Pretrained:
     """Train `model` in place, under a linear letter classifier that is thrown away afterwards.
 
-    AdamW with a one-cycle rate and label smoothing. `features` is D, the width `pooled_features` returns.
+    AdamW with a one-cycle rate and label smoothing; `features` is D.
     """
     classifier = nn.Linear(features, len(LETTERS))
     parameters = [*model.parameters(), *classifier.parameters()]
@@ -191,7 +192,8 @@ def pretrain(
         accuracy += (correct - accuracy) * max(1 / step, 0.02)
         if progress and step % max(1, steps // 10) == 0:
             typer.echo(
-                f"step {step}/{steps}  letters {accuracy:.3f}  {time.perf_counter() - started:.0f} s",
+                f"step {step}/{steps}  letters {accuracy:.3f}  "
+                f"{time.perf_counter() - started:.0f} s",
                 err=True,
             )
     model.eval()
@@ -209,7 +211,7 @@ def features_of(model: nn.Module, pixels_BCHW: Tensor) -> np.ndarray[Any, np.dty
 
 
 def digits(size: int, channels: int = 1) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 8x8 digits, scaled to [0, 1], enlarged and normalised like the letters."""
+    """scikit-learn's 1,797 digits in [0, 1], enlarged and normalised like the letters."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     larger = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)[:, 0]
@@ -224,7 +226,7 @@ def linear_probe_letters(
     generator: torch.Generator,
     channels: int = 1,
 ) -> float:
-    """Accuracy on fonts never trained on, of a logistic regression on features of the trained fonts."""
+    """Accuracy on unseen fonts of a logistic regression on features of the trained fonts."""
     sets = []
     for letters in (seen_FLHW, unseen_FLHW):
         pixels, labels = next(glyph_batches(letters, 3000, size, generator, channels))
@@ -243,8 +245,20 @@ def linear_probe_digits(model: nn.Module, size: int, channels: int = 1) -> float
     )
 
 
+def feature_statistics(
+    model: nn.Module, letters_FLHW: Tensor, size: int, generator: torch.Generator, channels: int = 1
+) -> dict[str, list[float]]:
+    """Mean and standard deviation per feature over public letters, for a manifest."""
+    pixels, _ = next(glyph_batches(letters_FLHW, 1024, size, generator, channels))
+    features = torch.from_numpy(features_of(model, pixels))
+    return {
+        "feature_mean": [round(value, 5) for value in features.mean(0).tolist()],
+        "feature_std": [round(max(value, 1e-3), 5) for value in features.std(0).tolist()],
+    }
+
+
 def glyph_resnet() -> ResNetModel:
-    """The embedded backbone: a ResNet of basic blocks, one input channel, 392 thousand parameters."""
+    """The embedded backbone: a ResNet of basic blocks, grey input, 392 thousand parameters."""
     config = ResNetConfig(
         num_channels=1,
         embedding_size=HIDDEN_SIZES[0],
@@ -257,7 +271,7 @@ def glyph_resnet() -> ResNetModel:
 
 
 def write_backbone(model: PreTrainedModel, out: Path, facts: dict[str, Any]) -> None:
-    """Save `model` as config.json + model.safetensors and describe the directory in manifest.json."""
+    """Saves `model` as config.json + model.safetensors, described in manifest.json."""
     model.save_pretrained(out)
     files = []
     for path in sorted(out.glob("*")):
@@ -295,12 +309,16 @@ def main(
         result = pretrain(model, glyph_batches(seen, batch_size, size, generator), features, steps)
     letters = linear_probe_letters(model, seen, unseen, size, generator)
     digit_accuracy = linear_probe_digits(model, size)
+    statistics = feature_statistics(
+        model, render_letters(fonts), size, torch.Generator().manual_seed(seed + 1)
+    )
     facts = {
         "family": "resnet",
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "feature_dim": features,
         "features": "pooler_output.flatten(1)",
+        **statistics,
         "blocks": list(BLOCKS),
         "preprocessing": {
             "channels": 1,
@@ -329,7 +347,8 @@ def main(
     }
     write_backbone(model, out, facts)
     typer.echo(
-        f"trained in {result.seconds:.0f} s; linear probe: letters {letters:.4f}, digits {digit_accuracy:.4f}"
+        f"trained in {result.seconds:.0f} s; linear probe: letters {letters:.4f}, "
+        f"digits {digit_accuracy:.4f}"
     )
 
 

@@ -45,13 +45,8 @@ FONT = 13  # pixels
 INK, MUTED, GRID, SURFACE, PANEL = "#000001", "#000002", "#000003", "#000004", "#000005"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", PANEL: "panel"}
 
-
-_METADATA = (
-    "Creator",
-    "Date",
-    "Format",
-    "Type",
-)  # left out: they name a time and a network address
+# What matplotlib writes about itself and is left out: it names a time and a network address.
+_METADATA = ("Creator", "Date", "Format", "Type")
 
 
 @dataclass(frozen=True, slots=True)

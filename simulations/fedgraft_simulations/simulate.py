@@ -254,9 +254,10 @@ def variant(plan: Plan, mechanism: Mechanism) -> Plan:
 
 
 def refit(site: Site, bench: Workbench, adapter: Tensors) -> LinearHead:
-    """A refitted head that is not kept."""
+    """A head fitted from nothing, for a site that stays alone."""
     features = bench.features(adapter, site.cached(bench))
-    return refit_head(features, site.records.labels, len(site.config.classes))
+    zeros = LinearHead(bench.adapted.feature_dim, len(site.config.classes))
+    return refit_head(features, site.records.labels, zeros)
 
 
 def accuracy(
@@ -305,9 +306,11 @@ def _notes(plan: Plan, bench: Workbench, engine: Engine) -> tuple[str, ...]:
             "The simulation summed the sites' updates in place. The promise of the distributed "
             "mechanism holds where secure aggregation hides each summand; no cryptography ran here."
         )
-    checked = ", ".join(f"{v.engine} (error {v.error:.1e})" for v in bench.verdicts)
-    if checked:
-        notes.append(f"Per-example gradients, checked against single records: {checked}.")
+    for verdict in bench.verdicts:
+        outcome = f"exact (error {verdict.error:.0e})" if verdict.exact else "not exact, not used"
+        notes.append(
+            f"Per-example gradients by {verdict.engine}, against single records: {outcome}."
+        )
     notes.append(
         f"The frozen part before {bench.prefix.door} was computed once per record."
         if bench.prefix.reason is None

@@ -25,6 +25,7 @@ from fedgraft_simulations.report import (
 from fedgraft_simulations.report import (
     _moved_apart as moved_apart,
 )
+from fedgraft_simulations.table import promise
 
 TITLES = {
     "alone-head": "alone, head only",
@@ -183,6 +184,13 @@ def test_every_status_is_named(tmp_path: Path) -> None:
     text = Page(page_of(Study((make_comparison(),)), tmp_path)).text
     for status in Status:
         assert f" {status.value} " in text.split("What left each site")[1]
+
+
+def test_the_promise_is_on_the_page(tmp_path: Path) -> None:
+    study = Study((make_comparison(),))
+    text = Page(page_of(study, tmp_path)).text
+    for term, words in promise(study):
+        assert f"{term} {words}" in text
 
 
 def test_the_plans_own_row_is_marked(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fedgraft_simulations.table import (
     accuracy_words,
     delta_words,
     epsilon_words,
+    promise,
     range_words,
     site_lines,
     site_table,
@@ -30,13 +31,23 @@ TITLES = {
 }
 
 
-def make_study(seeds: int = 1, sites: tuple[str, ...] = ("branch-00", "branch-01")) -> Study:
+def make_study(
+    seeds: int = 1,
+    sites: tuple[str, ...] = ("branch-00", "branch-01"),
+    mechanism: str = "distributed",
+) -> Study:
+    lost = {"tolerated_dropouts": 1, "tolerated_colluders": 1}
+    promised = math.inf if mechanism == "none" else 7.991
     comparisons = []
     for seed in range(seeds):
-        privacy = {"mechanism": "distributed", "delta": 1e-5}
-        document = {"seed": seed, "privacy": privacy, "training": {"sample_rate": 0.5}}
+        document = {
+            "seed": seed,
+            "privacy": {"mechanism": mechanism, "delta": 1e-5, **lost},
+            "training": {"sample_rate": 0.5},
+            "rounds": {"count": 3},
+        }
         facts = tuple(
-            SiteFacts(name, 90 + 10 * number + seed, 22, ("a", "b"), 0.5, 4.1234, 7.991)
+            SiteFacts(name, 90 + 10 * number + seed, 22, ("a", "b"), 0.5, 4.1234, promised)
             for number, name in enumerate(sites)
         )
         rows = tuple(
@@ -165,3 +176,41 @@ def test_one_seed_has_no_deviation() -> None:
     own = study.summary("distributed")
     assert own is not None
     assert accuracy_words(own, 3) == f"72.5 ± {own.deviation * 100:.1f}"
+
+
+def test_promise_of_the_distributed_mechanism() -> None:
+    items = dict(promise(make_study(sites=("a", "b", "c", "d"))))
+    trusts = items["Mechanism and what it trusts"]
+    assert "h = 2 of 4 sites" in trusts and "1 dropouts and 1 colluders" in trusts
+    assert "secure aggregation" in trusts
+    assert "summed in place, without the cryptography" in trusts
+    assert items["Unit"] == "one record"
+    assert items["Neighbouring relation"] == "add or remove one unit"
+    assert items["Epsilon"].startswith("at most 8.00")
+    assert items["Delta"].startswith("1e-5")
+    assert "Poisson" in items["Sampling"] and "q = 0.5" in items["Sampling"]
+    assert "sigma = 4.123" in items["Sampling"]
+    assert "PLD" in items["Accountant"] and "dp-accounting" in items["Accountant"]
+    assert "3 rounds of 1 step, T = 3 steps; runs included: 1" in items["Rounds and runs"]
+    assert "head or caches" in items["Not promised"] and "nominal size" in items["Not promised"]
+    assert "existence of the site" in items["Not promised"]
+    assert "promise nothing to anybody" in items["Simulated noise"]
+
+
+def test_promise_of_the_local_mechanism_trusts_nobody() -> None:
+    items = dict(promise(make_study(mechanism="local")))
+    assert items["Mechanism and what it trusts"].endswith("It trusts nobody.")
+    assert "secure aggregation" not in " ".join(items.values())
+
+
+def test_without_dp_nothing_is_promised() -> None:
+    items = dict(promise(make_study(mechanism="none")))
+    assert items["Promise"].startswith("None.")
+    assert not {"Epsilon", "Delta", "Accountant"} & set(items)
+
+
+def test_several_seeds_are_separate_runs() -> None:
+    assert (
+        "Each of the 3 seeds is a run by itself" in dict(promise(make_study(3)))["Rounds and runs"]
+    )
+    assert "seeds" not in dict(promise(make_study(1)))["Rounds and runs"]

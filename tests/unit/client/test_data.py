@@ -1,0 +1,176 @@
+"""Records that cannot be trained on: the text names the site, what was found and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedgraft_client.data import Records, check_records, load_arrays, load_images, to_images
+from fedgraft_common.errors import DataError
+
+CLASSES = ("ill", "well")
+
+
+def records(count: int = 4) -> Records:
+    return Records(torch.rand(count, 1, 8, 8), torch.arange(count) % 2)
+
+
+def spoilt(value: float) -> Records:
+    broken = records()
+    broken.images[2, 0, 3, 3] = value
+    return broken
+
+
+def labelled(*labels: int) -> Records:
+    return Records(torch.rand(len(labels), 1, 8, 8), torch.tensor(labels))
+
+
+def test_good_records_pass() -> None:
+    check_records(records(), CLASSES, "north")
+    check_records(Records(torch.ones(1, 3, 2, 2), torch.tensor([0])), CLASSES, "north")
+    check_records(Records(torch.zeros(1, 3, 2, 2), torch.tensor([1])), CLASSES, "north")
+
+
+REFUSED: list[tuple[str, Callable[[], Records], tuple[str, ...], list[str]]] = [
+    ("NaN", lambda: spoilt(math.nan), CLASSES, ["NaN", "1 records", "first at 2", "Repair"]),
+    ("infinity", lambda: spoilt(math.inf), CLASSES, ["infinity", "first at 2", "Repair"]),
+    ("too bright", lambda: spoilt(255.0), CLASSES, ["255", "[0, 1]", "public constant"]),
+    ("negative", lambda: spoilt(-0.5), CLASSES, ["-0.5", "[0, 1]", "public constant"]),
+    ("no records", lambda: records(0), CLASSES, ["0", "at least one record", "Check the data"]),
+    ("one class", records, ("ill",), ["ill", "at least two classes", "list every class"]),
+    ("no class", records, (), ["none", "at least two classes", "list every class"]),
+    ("label above", lambda: labelled(0, 7), CLASSES, ["7", "0 to 1", "ill, well", "label map"]),
+    ("label below", lambda: labelled(0, -1), CLASSES, ["-1", "0 to 1", "label map"]),
+    (
+        "three dimensions",
+        lambda: Records(torch.rand(4, 8, 8), torch.zeros(4, dtype=torch.int64)),
+        CLASSES,
+        ["(4, 8, 8)", "channels, height, width", "one image and one label"],
+    ),
+    (
+        "fewer images than labels",
+        lambda: Records(torch.rand(3, 1, 8, 8), torch.zeros(4, dtype=torch.int64)),
+        CLASSES,
+        ["(3, 1, 8, 8)", "4 records", "one image and one label"],
+    ),
+    (
+        "a column of labels",
+        lambda: Records(torch.rand(4, 1, 8, 8), torch.zeros(4, 1, dtype=torch.int64)),
+        CLASSES,
+        ["labels"],
+    ),
+    (
+        "labels that are not whole numbers",
+        lambda: Records(torch.rand(4, 1, 8, 8), torch.zeros(4)),
+        CLASSES,
+        ["labels"],
+    ),
+    (
+        "images that are not float32",
+        lambda: Records(torch.rand(4, 1, 8, 8).double(), torch.zeros(4, dtype=torch.int64)),
+        CLASSES,
+        ["images", "float"],
+    ),
+    ("twice the same class", records, ("ill", "ill"), ["classes", "ill"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "classes", "parts"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
+def test_bad_records_are_refused(
+    make: Callable[[], Records], classes: tuple[str, ...], parts: list[str]
+) -> None:
+    with pytest.raises(DataError) as refusal:
+        check_records(make(), classes, "north")
+    for part in ["site north", *parts]:
+        assert part in str(refusal.value)
+
+
+def saved(path: Path, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Path:
+    np.savez(path, images=array)
+    return path
+
+
+def test_eight_bit_grey_images_are_scaled_by_255(tmp_path: Path) -> None:
+    pixels = np.array([[[0, 51], [102, 255]]], dtype=np.uint8)
+    images = load_images(saved(tmp_path / "a.npz", pixels))
+    assert images.dtype == torch.float32
+    assert images.shape == (1, 1, 2, 2)
+    assert torch.allclose(images, torch.tensor([[[[0, 0.2], [0.4, 1.0]]]]))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_are_taken_as_they_are(tmp_path: Path, dtype: type[np.floating]) -> None:
+    pixels = np.array([[[0, 0.25], [0.5, 1]]], dtype=dtype)
+    images = load_images(saved(tmp_path / "a.npz", pixels))
+    assert images.dtype == torch.float32
+    assert images.flatten().tolist() == [0, 0.25, 0.5, 1]
+
+
+def test_channels_come_last_in_a_file_and_first_in_memory(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 4, 5, 3), dtype=np.uint8)
+    pixels[1, 2, 3] = (10, 20, 30)
+    images = load_images(saved(tmp_path / "a.npz", pixels))
+    assert images.shape == (2, 3, 4, 5)
+    assert (images[1, :, 2, 3] * 255).tolist() == pytest.approx([10, 20, 30])
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((2, 4, 4), dtype=np.int64),
+        np.zeros((4, 4), dtype=np.uint8),
+        np.zeros((1, 2, 3, 4, 5), dtype=np.float32),
+        np.zeros((2, 4, 4), dtype=np.complex64),
+    ],
+)
+def test_other_arrays_are_refused(pixels: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
+    with pytest.raises(DataError, match="8-bit integers or floats"):
+        to_images(pixels, Path("x.npz"))
+
+
+def write_pickle(path: Path) -> None:
+    np.savez(path, images=np.array([{"a": 1}], dtype=object))
+
+
+def write_npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def write_torn_archive(path: Path) -> None:
+    np.savez(path, images=np.zeros((9, 8, 8)))
+    path.write_bytes(path.read_bytes()[:400])
+
+
+BAD_FILES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "pickle": write_pickle,
+    "one array": write_npy,
+    "torn": write_torn_archive,
+    "other names": lambda path: np.savez(path, pictures=np.zeros((1, 2, 2))),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_FILES))
+def test_files_that_cannot_be_read_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "records.npz"
+    BAD_FILES[kind](path)
+    with pytest.raises(DataError) as refusal:
+        load_images(path)
+    for part in (str(path), "array", "numpy.savez"):
+        assert part in str(refusal.value)
+
+
+def test_several_arrays_of_one_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 3)), labels=np.array([1, 0]))
+    arrays = load_arrays(tmp_path / "a.npz", ("images", "labels"))
+    assert arrays["labels"].tolist() == [1, 0]
