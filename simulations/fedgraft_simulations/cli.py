@@ -55,7 +55,7 @@ def simulate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of the results (default runs/NAME); what is unfinished there is resumed.",
+            help="Directory of results (default runs/NAME); what is unfinished there is resumed.",
             envvar="FEDGRAFT_OUT",
         ),
     ] = None,

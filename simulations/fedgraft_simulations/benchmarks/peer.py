@@ -181,6 +181,8 @@ def server_app(task: Task, path: str, sigma: float, result: dict[str, Any]) -> S
             train_config=ConfigRecord({"task": path, "noise-multiplier": sigma}),
             num_rounds=task.rounds,
         )
+        if len(found.train_metrics_clientapp) < task.rounds:
+            raise RuntimeError("a round ended without updates; Ray's log above says why")
         result["arrays"] = found.arrays
 
     return server
@@ -216,4 +218,7 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    # Under its own name, so that Ray's actors import this module instead of unpickling it.
+    from fedgraft_simulations.benchmarks import peer
+
+    peer.main(sys.argv[1])

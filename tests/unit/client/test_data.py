@@ -130,7 +130,9 @@ def test_channels_come_last_in_a_file_and_first_in_memory(tmp_path: Path) -> Non
         np.zeros((2, 4, 4), dtype=np.complex64),
     ],
 )
-def test_other_arrays_are_refused(pixels: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
+def test_other_arrays_are_refused(
+    pixels: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+) -> None:
     with pytest.raises(DataError, match="8-bit integers or floats"):
         to_images(pixels, Path("x.npz"))
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +35,13 @@ def example(model: AdaptedBackbone) -> torch.Tensor:
     return model.backbone.example(3, torch.Generator().manual_seed(5))
 
 
-def all_values(model: AdaptedBackbone) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters()}
+def whole_adapter(model: AdaptedBackbone) -> dict[str, torch.Tensor]:
+    """The trained values, and those that LoRA draws and FFA-LoRA freezes."""
+    return {
+        name: p.detach()
+        for name, p in model.peft.named_parameters()
+        if ".lora_" in name or ".ln_tuning_layers." in name
+    }
 
 
 # --- the start
@@ -46,20 +53,15 @@ def test_initial_adapter_is_a_function_of_the_seed_only(config: Config, method: 
     one = build(config, seed=7, method=method)
     torch.manual_seed(2)
     same, other = build(config, seed=7, method=method), build(config, seed=8, method=method)
-    assert all_values(one).keys() == all_values(same).keys()
-    for name, value in all_values(one).items():
-        assert torch.equal(value, all_values(same)[name]), name
-    drawn = [n for n, v in all_values(one).items() if not torch.equal(v, all_values(other)[n])]
+    assert whole_adapter(one)
+    assert whole_adapter(one).keys() == whole_adapter(same).keys()
+    for name, value in whole_adapter(one).items():
+        assert torch.equal(value, whole_adapter(same)[name]), name
+    drawn = [
+        n for n, v in whole_adapter(one).items() if not torch.equal(v, whole_adapter(other)[n])
+    ]
     assert bool(drawn) == (method != "film")
     assert all(".lora_A." in name for name in drawn)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_building_leaves_the_global_generator_alone(config: Config, method: str) -> None:
-    """Or at least does not depend on it; and a plan's seed is never its seed."""
-    torch.manual_seed(3)
-    build(config, seed=7, method=method)
-    assert torch.initial_seed() == 3
 
 
 @pytest.mark.parametrize("method", [*METHODS, "none"])
@@ -83,9 +85,6 @@ def test_schema_lists_exactly_what_is_trained(config: Config, method: str) -> No
     assert [s.name for s in model.schema] == sorted(n.replace(".default.", ".") for n in trained)
     assert {s.shape for s in model.schema} == {tuple(p.shape) for p in trained.values()}
     assert {s.dtype for s in model.schema} == {"float32"}
-    assert sum(p.numel() for p in model.adapter.values()) < 0.3 * sum(
-        p.numel() for p in model.parameters()
-    )
 
 
 def test_ffa_lora_sends_b_only(config: Config) -> None:
@@ -162,9 +161,6 @@ def test_statistics_of_batch_norm_do_not_move(resnet_directory: Path) -> None:
 
 
 def test_dropout_is_off(vit_directory: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     directory = Path(shutil.copytree(vit_directory, tmp_path / "vit"))
     settings = json.loads((directory / "config.json").read_text())
     settings |= {"hidden_dropout_prob": 0.9, "attention_probs_dropout_prob": 0.9}

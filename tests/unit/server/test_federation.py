@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,8 +121,6 @@ def test_sites_get_the_plan_and_the_round_s_adapter(plan: Plan, tmp_path: Path) 
 
 
 def parse_plan_hash(text: str) -> str:
-    import json
-
     return parse_plan(json.loads(text), origin="request").hash
 
 
