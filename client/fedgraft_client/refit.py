@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedgraft_client.head import LinearHead
 
-STIFFNESS = 0.1  # weight of the squared distance from the start, against a sum over records
+STIFFNESS = 0.05  # weight of the squared distance from the start, against a sum over records
 ITERATIONS = 200
 
 

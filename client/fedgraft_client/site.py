@@ -147,7 +147,16 @@ class Site:
             noise = NoiseSource.from_operating_system()
         cached, labels = self.cached(bench), self.records.labels
         update = train_round(
-            bench, plan, adapter, head, cached, labels, step, noise, self.runtime.physical_batch
+            bench,
+            plan,
+            number,
+            adapter,
+            head,
+            cached,
+            labels,
+            step,
+            noise,
+            self.runtime.physical_batch,
         )
         self.store.save_round(plan, number, head, update)
         return update

@@ -20,6 +20,7 @@ from fedgraft_common.plan import Plan
 def train_round(
     bench: Workbench,
     plan: Plan,
+    number: int,
     adapter: Tensors,
     head: LinearHead,
     cached: Cached,
@@ -35,6 +36,7 @@ def train_round(
     Args:
         bench: the plan's model.
         plan: the run.
+        number: of the round, from 1.
         adapter: where the round starts, by schema name.
         head: the site's own head.
         cached: what the prefix kept of the site's records.
@@ -49,16 +51,17 @@ def train_round(
     """
     model, engine = bench.trainer(head)
     bench.adapted.load(adapter)
+    scale = plan.step_scale(number) / plan.training.expected_batch
     distributed = plan.privacy.mechanism == "distributed"
     groups = [
         {
             "params": list(bench.adapted.adapter.values()),
-            "lr": plan.training.learning_rate / plan.training.expected_batch,
+            "lr": plan.training.learning_rate * scale,
             "noise_std": step.adapter_std,
         },
         {
             "params": [p for p in model.head.parameters() if p.requires_grad],
-            "lr": plan.training.head_learning_rate / plan.training.expected_batch,
+            "lr": plan.training.head_learning_rate * scale,
             "noise_std": step.head_std,
         },
     ]

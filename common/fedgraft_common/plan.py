@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -125,6 +126,11 @@ class Training(Section):
         "mechanism takes one step in a round.",
     )
     learning_rate: float = Field(default=1.0, gt=0, description="SGD step size of the adapter.")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine",
+        description="How step sizes change over the rounds. `cosine` goes from full to zero, which "
+        "averages noise out towards the end (De et al. 2022, section 3).",
+    )
     head_learning_rate: float = Field(
         default=1.0, gt=0, description="SGD step size of a privately trained head."
     )
@@ -282,6 +288,12 @@ class Plan(Section):
     def steps(self) -> int:
         """T: DP-SGD steps of the whole run, the number that is accounted."""
         return self.rounds.count * self.training.local_steps
+
+    def step_scale(self, number: int) -> float:
+        """Factor on every step size in a round: 1 at the first round of either schedule."""
+        if self.training.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (number - 1) / self.rounds.count))
 
     @property
     def noise_shares(self) -> int:

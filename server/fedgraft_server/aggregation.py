@@ -100,7 +100,7 @@ class Aggregator:
             PlanError: the strategy did not return an adapter.
         """
         if self.plan.privacy.mechanism == "distributed":
-            updates = [self._step(adapter, updates)]
+            updates = [self._step(number, adapter, updates)]
         replies = [_as_reply(update) for update in updates]
         arrays, _ = self.strategy.aggregate_train(number, replies)
         if arrays is None:
@@ -111,13 +111,14 @@ class Aggregator:
         plain = {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
         return from_record(ArrayRecord({n: Array(a) for n, a in plain.items()}), self.schema)
 
-    def _step(self, adapter: Tensors, sums: Sequence[Tensors]) -> Tensors:
+    def _step(self, number: int, adapter: Tensors, sums: Sequence[Tensors]) -> Tensors:
         """One SGD step along the sum of the sites' noisy gradient sums.
 
         The denominator is public and fixed: sites in the plan times the expected batch.
         """
         sites = self.plan.aggregation.sites or len(sums)
-        rate = self.plan.training.learning_rate / (sites * self.plan.training.expected_batch)
+        rate = self.plan.training.learning_rate * self.plan.step_scale(number)
+        rate /= sites * self.plan.training.expected_batch
         return {
             name: value - rate * torch.stack([s[name] for s in sums]).double().sum(dim=0).float()
             for name, value in adapter.items()

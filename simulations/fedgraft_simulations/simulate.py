@@ -26,7 +26,7 @@ from fedgraft_common.errors import MessageError
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Mechanism, Plan
 from fedgraft_server.federation import RoundSummary, server_app
-from fedgraft_simulations.alone import train_alone
+from fedgraft_simulations.alone import ALONE_STIFFNESS, train_alone
 from fedgraft_simulations.comparison import Comparison, Point, Row, SiteFacts, Tensor
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.partition import Share
@@ -257,7 +257,7 @@ def refit(site: Site, bench: Workbench, adapter: Tensors) -> LinearHead:
     """A head fitted from nothing, for a site that stays alone."""
     features = bench.features(adapter, site.cached(bench))
     zeros = LinearHead(bench.adapted.feature_dim, len(site.config.classes))
-    return refit_head(features, site.records.labels, zeros)
+    return refit_head(features, site.records.labels, zeros, ALONE_STIFFNESS)
 
 
 def accuracy(

@@ -139,7 +139,13 @@ def test_early_blocks_are_not_run_again(sources: dict[str, str], name: str) -> N
 
 
 def test_a_head_only_plan_caches_features(vit_directory: Path) -> None:
-    plan = Plan().replace({"backbone.source": f"dir:{vit_directory}", "adapter.method": "none"})
+    plan = Plan().replace(
+        {
+            "backbone.source": f"dir:{vit_directory}",
+            "adapter.method": "none",
+            "head.training": "private",
+        }
+    )
     prefix = Prefix(adapted_backbone(plan))
     inputs = prefix.model.backbone.example(3, torch.Generator().manual_seed(4))
     (features,) = prefix.compute(inputs)
@@ -152,7 +158,9 @@ def test_a_head_only_plan_caches_features(vit_directory: Path) -> None:
 @pytest.mark.parametrize("method", ["ffa-lora", "lora", "film", "none"])
 def test_nothing_is_registered_twice(sources: dict[str, str], method: str) -> None:
     for source in sources.values():
-        changes = {"backbone.source": source, "adapter.method": method}
+        changes = {
+            "backbone.source": source, "adapter.method": method, "head.training": "private"
+        }  # fmt: skip
         if "convnext" in source and "lora" in method:
             continue
         adapted = adapted_backbone(Plan().replace(changes))

@@ -43,7 +43,7 @@ def base(request: pytest.FixtureRequest) -> Plan:
             "head.training": "private",
             "training.expected_batch": 5.0,
             "training.local_steps": 3,
-            "training.learning_rate": 0.7,
+            "training.learning_rate": 0.1,
             "training.head_learning_rate": 0.4,
             "rounds.count": 5,
         }

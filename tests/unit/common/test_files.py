@@ -129,7 +129,7 @@ def test_failing_write_leaves_the_old_file(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if broken == "fsync" else (Path, "replace")), full)
+    monkeypatch.setattr(os if broken == "fsync" else Path, broken, full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

@@ -40,6 +40,7 @@ CHANGES: dict[str, object] = {
     "training.sample_rate": 0.5,
     "training.local_steps": 3,
     "training.learning_rate": 0.5,
+    "training.schedule": "constant",
     "training.head_learning_rate": 0.5,
     "privacy.mechanism": "none",
     "privacy.epsilon": 2.0,
@@ -235,9 +236,9 @@ def test_replace_validates_and_leaves_the_original() -> None:
 def test_a_plan_is_frozen() -> None:
     plan = Plan()
     with pytest.raises(ValidationError, match="frozen"):
-        plan.seed = 3  # type: ignore[misc]
+        plan.seed = 3
     with pytest.raises(ValidationError, match="frozen"):
-        plan.privacy.epsilon = 1e9  # type: ignore[misc]
+        plan.privacy.epsilon = 1e9
 
 
 @pytest.mark.parametrize(
@@ -323,6 +324,15 @@ def test_schema_refuses_unknown_keys_everywhere() -> None:
 
 def test_steps_are_rounds_times_local_steps() -> None:
     assert Plan().replace({"rounds.count": 7, "training.local_steps": 3}).steps == 21
+
+
+def test_step_scale() -> None:
+    plan = Plan().replace({"rounds.count": 4})
+    assert [plan.step_scale(n) for n in (1, 2, 3, 4)] == pytest.approx(
+        [1, 0.8535534, 0.5, 0.1464466]
+    )
+    constant = plan.replace({"training.schedule": "constant"})
+    assert [constant.step_scale(n) for n in (1, 2, 3, 4)] == [1, 1, 1, 1]
 
 
 def test_noise_shares() -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ AVERAGING = {
     "Krum",
     "MultiKrum",
 }
-NEEDS_MORE = {
+NEEDS_MORE: dict[str, dict[str, float]] = {
     "FedProx": {"proximal_mu": 0.1},  # sites would have to add the proximal term
     "QFedAvg": {"client_learning_rate": 0.1},  # every site's loss
     "FedXgbBagging": {},  # trees, not tensors
@@ -50,16 +50,17 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         yield
 
 
-def plan(name: str, mechanism: str = "local", **options: object) -> Plan:
+def plan(name: str, options: Mapping[str, object] | None = None, mechanism: str = "local") -> Plan:
     return Plan().replace(
         {
             "aggregation.strategy": name,
-            "aggregation.options": options,
+            "aggregation.options": dict(options or {}),
             "aggregation.sites": SITES,
             "privacy.mechanism": mechanism,
             "training.sample_rate": 0.5,
             "training.expected_batch": 10,
             "training.learning_rate": 0.5,
+            "training.schedule": "constant",
         }
     )
 
@@ -132,7 +133,7 @@ def test_distributed_is_torch_s_sgd_on_the_sum(
 ) -> None:
     """Against torch.optim.SGD in float64, over several rounds; denominator: sites times batch."""
     rounds = [1, 2, 3, 4, 5]
-    found = run(Aggregator(plan(name, "distributed", **options), SCHEMA), rounds, start())
+    found = run(Aggregator(plan(name, options, "distributed"), SCHEMA), rounds, start())
     parameters = {n: torch.nn.Parameter(v.double()) for n, v in start().items()}
     # A pseudo-gradient is learning_rate * mean gradient; the server's own rate comes on top.
     sgd = torch.optim.SGD(parameters.values(), lr=rate, momentum=momentum)
@@ -144,9 +145,21 @@ def test_distributed_is_torch_s_sgd_on_the_sum(
     assert_close(found, {n: p.detach() for n, p in parameters.items()}, 1e-5)
 
 
+def test_the_schedule_scales_the_server_s_step() -> None:
+    changes = {"training.schedule": "cosine", "rounds.count": 4}
+    scheduled = plan("FedAvg", mechanism="distributed").replace(changes)
+    for number in (1, 3):
+        found = run(Aggregator(scheduled, SCHEMA), [number], start())
+        rate = 0.5 * scheduled.step_scale(number) / (SITES * 10)
+        total = {s.name: torch.stack([u[s.name] for u in updates(number)]).sum(0) for s in SCHEMA}
+        assert_close(found, {n: start()[n] - rate * t for n, t in total.items()}, 1e-6)
+
+
 def test_a_missing_share_does_not_change_the_denominator() -> None:
     """The number of replies is not public beforehand; the denominator is."""
-    found = run(Aggregator(plan("FedAvg", "distributed"), SCHEMA), [1], start(), SITES - 2)
+    found = run(
+        Aggregator(plan("FedAvg", mechanism="distributed"), SCHEMA), [1], start(), SITES - 2
+    )
     total = {s.name: torch.stack([u[s.name] for u in updates(1, SITES - 2)]).sum(0) for s in SCHEMA}
     assert_close(found, {n: start()[n] - 0.5 * t / (SITES * 10) for n, t in total.items()}, 1e-6)
 
@@ -154,8 +167,8 @@ def test_a_missing_share_does_not_change_the_denominator() -> None:
 @pytest.mark.parametrize("name", ["FedAdagrad", "FedAdam", "FedYogi"])
 def test_distributed_adaptive_optimizers_see_only_the_sum(name: str) -> None:
     """The same sum from other summands gives the same adapter, and it moves downhill."""
-    found = run(Aggregator(plan(name, "distributed"), SCHEMA), [1, 2, 3], start())
-    aggregator, adapter = Aggregator(plan(name, "distributed"), SCHEMA), start()
+    found = run(Aggregator(plan(name, mechanism="distributed"), SCHEMA), [1, 2, 3], start())
+    aggregator, adapter = Aggregator(plan(name, mechanism="distributed"), SCHEMA), start()
     for number in (1, 2, 3):
         aggregator.requests(number, adapter, grid())
         sums = {s.name: torch.stack([u[s.name] for u in updates(number)]).sum(0) for s in SCHEMA}
@@ -201,7 +214,7 @@ def test_strategy_that_averages_works_without_metrics(name: str) -> None:
 def test_robust_strategy_withstands_one_site(
     name: str, options: dict[str, float], tolerance: float
 ) -> None:
-    aggregator = Aggregator(plan(name, **options), SCHEMA)
+    aggregator = Aggregator(plan(name, options), SCHEMA)
     honest = [{n: t / 10 for n, t in u.items()} for u in updates(1)]
     poisoned = [*honest[:-1], {n: torch.full_like(t, 1e6) for n, t in honest[-1].items()}]
     aggregator.requests(1, start(), grid())
@@ -213,7 +226,7 @@ def test_robust_strategy_withstands_one_site(
 def test_strategy_that_needs_more_than_sites_send(name: str) -> None:
     """Refused when the plan is read, not after the sites have spent their first round."""
     with pytest.raises(PlanError, match=name):
-        build_strategy(plan(name, **NEEDS_MORE[name]))
+        build_strategy(plan(name, NEEDS_MORE[name]))
 
 
 # --- what is refused
@@ -236,7 +249,7 @@ def test_unknown_strategy() -> None:
 )
 def test_bad_option(name: str, options: dict[str, object], text: str) -> None:
     with pytest.raises(PlanError, match=text) as caught:
-        build_strategy(plan(name, **options))
+        build_strategy(plan(name, options))
     assert caught.value.field == "aggregation.options"
     assert caught.value.value == options
 
@@ -255,12 +268,12 @@ def test_bad_option(name: str, options: dict[str, object], text: str) -> None:
 def test_options_cannot_change_the_protocol(options: dict[str, object]) -> None:
     """The names of records, the weights and who is asked are not a plan's to choose."""
     with pytest.raises(PlanError, match=r"aggregation\.options"):
-        build_strategy(plan("FedAvg", **options))
+        build_strategy(plan("FedAvg", options))
 
 
 def test_option_of_the_wrong_type() -> None:
     with pytest.raises(PlanError, match=r"aggregation\.options"):
-        run(Aggregator(plan("FedAvgM", server_momentum="high"), SCHEMA), [1], start())
+        run(Aggregator(plan("FedAvgM", {"server_momentum": "high"}), SCHEMA), [1], start())
 
 
 # --- state
@@ -280,7 +293,7 @@ def test_option_of_the_wrong_type() -> None:
 def test_continuing_after_restore_equals_not_having_stopped(
     mechanism: str, name: str, options: dict[str, float]
 ) -> None:
-    chosen = plan(name, mechanism, **options)
+    chosen = plan(name, options, mechanism)
     whole = run(Aggregator(chosen, SCHEMA), range(1, 7), start())
     first = Aggregator(chosen, SCHEMA)
     half = run(first, range(1, 4), start())
@@ -302,7 +315,7 @@ def test_fedavg_has_no_state() -> None:
 
 
 def test_state_of_another_strategy() -> None:
-    aggregator = Aggregator(plan("FedAvgM", server_momentum=0.9), SCHEMA)
+    aggregator = Aggregator(plan("FedAvgM", {"server_momentum": 0.9}), SCHEMA)
     run(aggregator, [1], start())
     with pytest.raises(CheckpointError, match="the state of FedAvg"):
         Aggregator(plan("FedAvg"), SCHEMA).restore(aggregator.state())

@@ -174,10 +174,9 @@ def reply_with(
     round_number: int, status: str, adapter: ArrayRecord | None
 ) -> Callable[[Message], Message]:
     def answer(message: Message) -> Message:
-        content = RecordDict(
-            {STATUS: ConfigRecord({"round": round_number, STATUS: status})}
-            | ({} if adapter is None else {ADAPTER: adapter})
-        )
+        content = RecordDict({STATUS: ConfigRecord({"round": round_number, STATUS: status})})
+        if adapter is not None:
+            content[ADAPTER] = adapter
         return Message(content, reply_to=message)
 
     return answer

@@ -14,11 +14,14 @@ from fedgraft_common.errors import DataError, PlanError
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_simulations.partition import Share, load_source, partition
 
-IID = {"partitioner": "IidPartitioner"}
+IID: dict[str, Any] = {"partitioner": "IidPartitioner"}
 
 
-def plan(data: dict[str, Any] | None = None, seed: int = 0, **sites: object) -> Plan:
-    return parse_plan({"seed": seed, "data": data or {}, "sites": sites}, origin="test")
+def plan(
+    data: dict[str, Any] | None = None, sites: dict[str, Any] | None = None, seed: int = 0
+) -> Plan:
+    document = {"seed": seed, "data": data or {}, "sites": sites or {}}
+    return parse_plan(document, origin="test")
 
 
 def archive(directory: Path, **arrays: Any) -> str:
@@ -61,13 +64,13 @@ def test_every_record_is_at_one_site_once(sites: dict[str, Any]) -> None:
         image.numpy().tobytes() + bytes([int(label)])
         for image, label in zip(images, digits.target, strict=True)
     ]
-    shares = partition(plan(**sites))
+    shares = partition(plan(sites=sites))
     assert len(shares) == sites["count"]
     assert sorted(fingerprints(shares)) == sorted(expected)
 
 
 def test_shares() -> None:
-    shares = partition(plan(count=5, **IID))
+    shares = partition(plan(sites=IID | {"count": 5}))
     assert [share.name for share in shares] == [f"branch-{i:02d}" for i in range(5)]
     for share in shares:
         assert share.classes == tuple("0123456789")
@@ -78,7 +81,9 @@ def test_shares() -> None:
 
 
 def test_the_seed_decides() -> None:
-    one, same, other = (fingerprints(partition(plan(seed=s, count=4, **IID))) for s in (1, 1, 2))
+    one, same, other = (
+        fingerprints(partition(plan(sites=IID | {"count": 4}, seed=s))) for s in (1, 1, 2)
+    )
     assert one == same
     assert one != other
 
@@ -97,7 +102,7 @@ def fingerprint_labels(share: Share, true_label: dict[bytes, int]) -> list[int]:
 def test_label_sets_are_given_in_turn() -> None:
     label_sets = {"odd-even": [[1, 3, 5, 7, 9], [0, 2, 4, 6, 8]], "small": [[0, 1], [2], [3, 4]]}
     shares = partition(
-        plan({"label_sets": label_sets}, count=4, label_sets=["odd-even", "small"], **IID)
+        plan({"label_sets": label_sets}, IID | {"count": 4, "label_sets": ["odd-even", "small"]})
     )
     assert [len(share.classes) for share in shares] == [2, 3, 2, 3]
     assert shares[0].classes == ("1/3/5/7/9", "0/2/4/6/8")
@@ -121,7 +126,7 @@ def test_label_sets_are_given_in_turn() -> None:
 )
 def test_label_set_that_does_not_fit(groups: list[list[int]], text: str) -> None:
     with pytest.raises((PlanError, DataError), match=text):
-        partition(plan({"label_sets": {"x": groups}}, count=2, label_sets=["x"], **IID))
+        partition(plan({"label_sets": {"x": groups}}, IID | {"count": 2, "label_sets": ["x"]}))
 
 
 # --- what cannot be spread
@@ -129,7 +134,7 @@ def test_label_set_that_does_not_fit(groups: list[list[int]], text: str) -> None
 
 def test_unknown_partitioner() -> None:
     with pytest.raises(PlanError) as caught:
-        partition(plan(partitioner="FairPartitioner"))
+        partition(plan(sites={"partitioner": "FairPartitioner"}))
     assert str(caught.value).startswith("sites.partitioner: found 'FairPartitioner'; allowed: ")
     assert "DirichletPartitioner" in caught.value.allowed
 
@@ -145,7 +150,7 @@ def test_unknown_partitioner() -> None:
 )
 def test_options_that_do_not_fit(sites: dict[str, Any], text: str) -> None:
     with pytest.raises(PlanError, match=text) as caught:
-        partition(plan(**sites))
+        partition(plan(sites=sites))
     assert caught.value.field == "sites.options"
 
 
@@ -156,7 +161,7 @@ PARTITIONERS = [n for n in partitioner.__all__ if n.endswith("Partitioner") and 
 def test_every_partitioner_works_or_says_why_not(name: str) -> None:
     options = {"alpha": 1.0} if "Dirichlet" in name else {}
     try:
-        shares = partition(plan(count=12, partitioner=name, options=options))
+        shares = partition(plan(sites={"count": 12, "partitioner": name, "options": options}))
     except (PlanError, DataError) as error:
         assert name in str(error) or "records" in str(error)
     else:
@@ -166,13 +171,13 @@ def test_every_partitioner_works_or_says_why_not(name: str) -> None:
 def test_more_sites_than_records(tmp_path: Path) -> None:
     source = archive(tmp_path, images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
     with pytest.raises((PlanError, DataError), match="sites"):
-        partition(plan({"source": source}, count=4, **IID))
+        partition(plan({"source": source}, IID | {"count": 4}))
 
 
 def test_site_with_one_record_is_too_small(tmp_path: Path) -> None:
     source = archive(tmp_path, images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
     with pytest.raises(DataError) as caught:
-        partition(plan({"source": source}, count=2, **IID))
+        partition(plan({"source": source}, IID | {"count": 2}))
     assert str(caught.value).startswith("site branch-01: records: found 1; allowed: at least two")
     assert "Use fewer sites" in caught.value.action
 
@@ -180,7 +185,7 @@ def test_site_with_one_record_is_too_small(tmp_path: Path) -> None:
 def test_site_of_two_records_trains_on_one_and_tests_on_the_other(tmp_path: Path) -> None:
     source = archive(tmp_path, images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4) % 2)
     for fraction in (0.01, 0.99):
-        shares = partition(plan({"source": source, "test_fraction": fraction}, count=2, **IID))
+        shares = partition(plan({"source": source, "test_fraction": fraction}, IID | {"count": 2}))
         assert [(len(s.train), len(s.test)) for s in shares] == [(1, 1), (1, 1)]
 
 
@@ -239,7 +244,7 @@ LABELS = np.arange(4)
 def test_npz_with_wrong_arrays(tmp_path: Path, arrays: dict[str, Any], text: str) -> None:
     source = archive(tmp_path, **arrays)
     with pytest.raises(DataError, match=text):
-        partition(plan({"source": source}, count=2, **IID))
+        partition(plan({"source": source}, IID | {"count": 2}))
 
 
 def bare_array(path: Path) -> None:

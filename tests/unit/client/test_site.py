@@ -1,0 +1,473 @@
+"""What a site says, what it never says, and what it remembers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgraft_client import site as site_module
+from fedgraft_client.data import Records
+from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.runtime import Runtime
+from fedgraft_client.site import Site, SiteConfig
+from fedgraft_client.store import SiteStore, load_sealed
+from fedgraft_common.errors import CheckpointError, DataError, FedgraftError, MessageError
+from fedgraft_common.messages import Status, Tensors, from_record, to_record
+from fedgraft_common.plan import Plan
+
+RECORDS = Records(
+    torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+)
+SECRET = "patient 4711, born 1950"
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return Runtime("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(vit_directory: Path) -> Plan:
+    return Plan().replace(
+        {
+            "backbone.source": f"dir:{vit_directory}",
+            "backbone.frozen_dtype": "float32",
+            "adapter.layers": "last:1",
+            "adapter.rank": 2,
+            "head.training": "private",
+            "training.expected_batch": 6.0,
+            "privacy.delta": 1e-3,
+            "rounds.count": 3,
+        }
+    )
+
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.fixture
+def make_site(runtime: Runtime, tmp_path: Path) -> MakeSite:
+    def make(folder: str = "site", simulated: bool = True, name: str = "north") -> Site:
+        config = SiteConfig(name, ("a", "b"), nominal_size=12, simulated=simulated)
+        return Site(config, RECORDS, runtime, SiteStore(tmp_path / folder))
+
+    return make
+
+
+def request(
+    plan: Plan | str, number: object, adapter: ArrayRecord | Tensors, extra: bool = False
+) -> Message:
+    """What a server sends, as Flower hands it over."""
+    TaskIdentity.run_id = TaskIdentity.task_id = 1
+    TaskIdentity.node_id = 0
+    text = plan if isinstance(plan, str) else plan.canonical
+    record = adapter if isinstance(adapter, ArrayRecord) else to_record(adapter)
+    config: Any = ConfigRecord({"plan": text, "round": number})  # type: ignore[dict-item]
+    content = RecordDict({"adapter": record, "plan": config})
+    if extra:
+        content["more"] = ConfigRecord({})
+    message = Message(content, dst_node_id=7, message_type="train")
+    message.metadata.__dict__["_message_id"] = "request"
+    return message
+
+
+def initial(site: Site, plan: Plan) -> Tensors:
+    return site.runtime.workbench(plan).initial
+
+
+def status(reply: Message) -> str:
+    return str(reply.content.config_records["status"]["status"])
+
+
+def tensors(reply: Message, site: Site, plan: Plan) -> Tensors:
+    schema = site.runtime.workbench(plan).adapted.schema
+    return from_record(reply.content.array_records["adapter"], schema)
+
+
+def raw(reply: Message) -> dict[str, bytes]:
+    return {name: array.data for name, array in reply.content.array_records["adapter"].items()}
+
+
+def assert_says_only(reply: Message, number: int, expected: Status) -> None:
+    """Everything that Flower would put on the wire, walked record by record."""
+    assert not reply.has_error()
+    content = reply.content
+    assert set(content) == {"adapter", "status"}
+    assert set(content.array_records) == {"adapter"}
+    assert set(content.config_records) == {"status"}
+    assert len(content.metric_records) == 0
+    assert dict(content.config_records["status"]) == {"round": number, "status": expected.value}
+    if expected is not Status.OK:
+        assert len(content.array_records["adapter"]) == 0
+    metadata = reply.metadata
+    assert metadata.message_type == "train"
+    assert metadata.reply_to_message_id == "request"
+    assert (metadata.src_node_id, metadata.dst_node_id) == (7, 0)
+    assert metadata.group_id == ""
+    known = {
+        "run_id", "message_id", "src_node_id", "dst_node_id", "src_task_id", "dst_task_id",
+        "reply_to_message_id", "group_id", "created_at", "ttl", "message_type", "delivered_at",
+    }  # fmt: skip
+    assert {name.removeprefix("_") for name in vars(metadata)} == known
+    assert SECRET not in repr(content) + repr(vars(metadata))
+
+
+def stored(site: Site) -> list[str]:
+    return sorted(p.name for p in site.store.directory.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("mechanism", ["local", "distributed", "none"])
+@pytest.mark.parametrize("head", ["private", "fixed"])
+def test_what_leaves_in_a_round(make_site: MakeSite, plan: Plan, mechanism: str, head: str) -> None:
+    plan = plan.replace(
+        {
+            "privacy.mechanism": mechanism,
+            "head.training": head,
+            "training.sample_rate": 0.5,
+            "aggregation.sites": 4,
+        }
+    )
+    site = make_site()
+    reply = site.answer(request(plan, 1, initial(site, plan)))
+    assert site.last_error is None
+    assert_says_only(reply, 1, Status.OK)
+    schema = site.runtime.workbench(plan).adapted.schema
+    arrays = reply.content.array_records["adapter"]
+    assert set(arrays) == {spec.name for spec in schema}
+    for spec in schema:
+        array = arrays[spec.name]
+        assert (array.dtype, tuple(array.shape), array.stype) == (
+            "float32", spec.shape, "numpy.ndarray",
+        )  # fmt: skip
+    zero_head = head == "private" and mechanism == "none"  # passes no gradient to the adapter
+    assert any(bool(t.any()) for t in tensors(reply, site, plan).values()) is not zero_head
+    assert stored(site) == ["round.safetensors"]
+    trained = site.trained_head(plan)
+    assert trained.linear.weight.any()
+    if head == "fixed":
+        assert torch.equal(trained.linear.weight, make_site("new").trained_head(plan).linear.weight)
+
+
+class Count:
+    """Counts the rounds that are really trained."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rounds = 0
+        train = site_module.train_round
+
+        def counted(*arguments: Any, **options: Any) -> Tensors:
+            self.rounds += 1
+            return train(*arguments, **options)
+
+        monkeypatch.setattr(site_module, "train_round", counted)
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_the_same_request_again_gets_the_same_bytes(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch, simulated: bool
+) -> None:
+    count = Count(monkeypatch)
+    site = make_site(simulated=simulated)
+    first = site.answer(request(plan, 1, initial(site, plan)))
+    again = site.answer(request(plan, 1, initial(site, plan)))
+    restarted = make_site(simulated=simulated).answer(request(plan, 1, initial(site, plan)))
+    other = {name: tensor + 1 for name, tensor in initial(site, plan).items()}
+    another_adapter = make_site(simulated=simulated).answer(request(plan, 1, other))
+    assert raw(first)
+    assert raw(first) == raw(again) == raw(restarted) == raw(another_adapter)
+    assert count.rounds == 1
+    assert_says_only(again, 1, Status.OK)
+
+
+@pytest.mark.parametrize("number", [1, 4, 1000])
+def test_an_earlier_or_too_late_round_is_refused(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    site = make_site()
+    for done in (1, 2):
+        site.answer(request(plan, done, initial(site, plan)))
+    before = (site.store.directory / plan.hash / "round.safetensors").read_bytes()
+    count = Count(monkeypatch)
+    reply = site.answer(request(plan, number, initial(site, plan)))
+    assert_says_only(reply, number, Status.REFUSED)
+    assert isinstance(site.last_error, MessageError)
+    assert count.rounds == 0
+    assert (site.store.directory / plan.hash / "round.safetensors").read_bytes() == before
+
+
+def test_another_start_than_the_seeds_is_refused(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site()
+    altered = {name: tensor.clone() for name, tensor in initial(site, plan).items()}
+    next(iter(altered.values())).view(-1)[0] += 1e-6
+    reply = site.answer(request(plan, 1, altered))
+    assert_says_only(reply, 1, Status.REFUSED)
+    assert "plan's seed" in str(site.last_error)
+    assert stored(site) == []
+
+
+def spoilt(kind: str, start: Tensors) -> ArrayRecord:
+    record = to_record(start)
+    name = next(iter(record))
+    values = record[name].numpy().copy()
+    if kind == "NaN":
+        values.flat[0] = np.nan
+    elif kind == "infinity":
+        values.flat[0] = np.inf
+    elif kind == "misshapen":
+        values = values.T if values.shape[0] != values.shape[1] else values[:-1]
+    elif kind == "oversized":
+        values = np.zeros((4096, 1024), dtype=np.float32)
+    elif kind == "float64":
+        values = values.astype(np.float64)
+    if kind == "missing":
+        del record[name]
+    elif kind == "extra":
+        record["more"] = Array(values)
+    else:
+        record[name] = Array(np.ascontiguousarray(values))
+    if kind == "not numpy":
+        record[name] = Array(
+            dtype="float32", shape=values.shape, stype="numpy.ndarray", data=b"not numpy"
+        )
+    return record
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NaN", "infinity", "misshapen", "oversized", "float64", "missing", "extra", "not numpy",
+    ],
+)  # fmt: skip
+def test_a_malformed_adapter_is_refused(make_site: MakeSite, plan: Plan, kind: str) -> None:
+    site = make_site()
+    reply = site.answer(request(plan, 2, spoilt(kind, initial(site, plan))))
+    assert_says_only(reply, 2, Status.REFUSED)
+    assert stored(site) == []
+
+
+@pytest.mark.parametrize("value", [1e18, 1e38])
+def test_a_huge_adapter_does_not_make_records_speak(
+    make_site: MakeSite, plan: Plan, value: float
+) -> None:
+    """Finite values may overflow in some records only; then NaN in the reply tells which."""
+    site = make_site()
+    huge = {name: torch.full_like(t, value) for name, t in initial(site, plan).items()}
+    reply = site.answer(request(plan, 2, huge))
+    if status(reply) == Status.OK:
+        assert all(bool(t.isfinite().all()) for t in tensors(reply, site, plan).values())
+    else:
+        assert_says_only(reply, 2, Status.REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FedgraftError("records", SECRET, "x", "y"), Status.FAILED),
+        (CheckpointError("store", SECRET, "x", "y"), Status.FAILED),
+        (MessageError("adapter", SECRET, "x", "y"), Status.REFUSED),
+        (RuntimeError(SECRET), Status.FAILED),
+        (KeyError(SECRET), Status.FAILED),
+        (MemoryError(SECRET), Status.FAILED),
+        (AssertionError(SECRET), Status.FAILED),
+        (RecursionError(SECRET), Status.FAILED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_no_exception_leaves(
+    make_site: MakeSite,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: Status,
+) -> None:
+    site = make_site()
+
+    def fail(*_: object, **__: object) -> Tensors:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, "train_round", fail)
+        reply = site.answer(request(plan, 1, initial(site, plan)))
+    assert_says_only(reply, 1, expected)
+    assert site.last_error is error
+    assert stored(site) == []
+    reply = site.answer(request(plan, 1, initial(site, plan)))  # and the site goes on
+    assert_says_only(reply, 1, Status.OK)
+    assert site.last_error is None
+
+
+@pytest.mark.parametrize("where", ["workbench", "cached", "save_round", "last_round"])
+def test_no_exception_leaves_from_anywhere(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    site = make_site()
+    message = request(plan, 1, initial(site, plan))
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(SECRET)
+
+    owners: dict[str, object] = {"workbench": site.runtime, "cached": site}
+    with monkeypatch.context() as patch:
+        patch.setattr(owners.get(where, site.store), where, fail)
+        assert_says_only(site.answer(message), 1, Status.FAILED)
+
+
+def unmet(plan: Plan, kind: str) -> str:
+    changes: dict[str, dict[str, object]] = {
+        "batch beyond the records": {"training.expected_batch": 13.0},
+        "delta above 1/N": {"privacy.delta": 0.2},
+        "no adapter and a fixed head": {"adapter.method": "none", "head.training": "fixed"},
+        "number of sites unknown": {
+            "privacy.mechanism": "distributed", "training.sample_rate": 0.5,
+        },
+    }  # fmt: skip
+    if kind in changes:
+        return plan.replace(changes[kind]).canonical
+    document = json.loads(plan.canonical)
+    if kind == "unknown key":
+        document["extra"] = 1
+    elif kind == "negative epsilon":
+        document["privacy"]["epsilon"] = -1
+    return "{" if kind == "not JSON" else json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "batch beyond the records", "delta above 1/N", "no adapter and a fixed head",
+        "number of sites unknown", "unknown key", "negative epsilon", "not JSON",
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_met_is_refused(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    count = Count(monkeypatch)
+    site = make_site()
+    try:
+        text = unmet(plan, kind)
+    except FedgraftError:
+        return  # no such plan can be written: better still
+    headless = kind == "no adapter and a fixed head"
+    adapter = ArrayRecord() if headless else to_record(initial(site, plan))
+    reply = site.answer(request(text, 1, adapter))
+    assert_says_only(reply, 1, Status.REFUSED)
+    assert count.rounds == 0
+    assert stored(site) == []
+
+
+def test_a_real_site_never_answers_without_noise(make_site: MakeSite, plan: Plan) -> None:
+    """The server writes the plan; `none` is for simulations."""
+    site = make_site(simulated=False)
+    bare = plan.replace({"privacy.mechanism": "none"})
+    reply = site.answer(request(bare, 1, initial(site, bare)))
+    assert_says_only(reply, 1, Status.REFUSED)
+    assert stored(site) == []
+
+
+@pytest.mark.parametrize("number", [0, -1, "1", 1.0])
+def test_a_request_of_another_protocol_is_refused(
+    make_site: MakeSite, plan: Plan, number: object
+) -> None:
+    site = make_site()
+    assert_says_only(site.answer(request(plan, number, initial(site, plan))), 0, Status.REFUSED)
+    message = request(plan, 1, initial(site, plan), extra=True)
+    assert_says_only(site.answer(message), 0, Status.REFUSED)
+
+
+def update(site: Site, plan: Plan, number: int = 1) -> torch.Tensor:
+    reply = site.answer(request(plan, number, initial(site, plan)))
+    assert status(reply) == Status.OK
+    return torch.cat([t.flatten() for t in tensors(reply, site, plan).values()])
+
+
+def test_simulated_noise_is_reproducible_and_differs_by_site_round_and_plan(
+    make_site: MakeSite, plan: Plan
+) -> None:
+    first = update(make_site("one"), plan)
+    assert torch.equal(first, update(make_site("two"), plan))
+    others = [
+        update(make_site("three", name="south"), plan),
+        update(make_site("four"), plan.replace({"name": "another-run"})),
+        update(make_site("five"), plan, number=2),
+    ]
+    for other in others:
+        assert not torch.isclose(first, other).any()
+
+
+def test_noise_of_the_operating_system_differs(make_site: MakeSite, plan: Plan) -> None:
+    first = update(make_site("one", simulated=False), plan)
+    assert not torch.isclose(first, update(make_site("two", simulated=False), plan)).any()
+
+
+def test_a_real_site_draws_from_the_operating_system(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> NoiseSource:
+        raise AssertionError("a reproducible source at a real site")
+
+    monkeypatch.setattr(NoiseSource, "for_simulation", never)
+    update(make_site(simulated=False), plan)
+
+
+def test_heads_and_rounds_outlive_the_process(make_site: MakeSite, plan: Plan) -> None:
+    whole, halves = make_site("whole"), make_site("halves")
+    for number in (1, 2, 3):
+        update(whole, plan, number)
+    update(halves, plan, 1)
+    restarted = make_site("halves")
+    kept = restarted.trained_head(plan)
+    assert torch.equal(kept.linear.weight, halves.trained_head(plan).linear.weight)
+    assert kept.linear.weight.any()
+    update(restarted, plan, 2)
+    last = update(make_site("halves"), plan, 3)
+    assert torch.equal(last, update(whole, plan, 3))  # `whole` sends its stored reply
+    weights = [s.trained_head(plan).linear.weight for s in (whole, restarted)]
+    assert torch.equal(*weights)
+
+
+def test_sites_that_share_a_runtime_do_not_share_heads(make_site: MakeSite, plan: Plan) -> None:
+    north, south = make_site("n", name="north"), make_site("s", name="south")
+    alone = [update(make_site("alone", name="north"), plan, k) for k in (1, 2)]
+    together = []
+    for number in (1, 2):
+        together.append(update(north, plan, number))
+        update(south, plan, number)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_refitted_head_is_sealed_and_takes_no_part_in_rounds(
+    make_site: MakeSite, plan: Plan
+) -> None:
+    site, other = make_site("one"), make_site("two")
+    update(site, plan, 1)
+    update(other, plan, 1)
+    before = site.trained_head(plan).linear.weight.clone()
+    head = site.refit(plan, initial(site, plan))
+    assert not torch.equal(head.linear.weight, before)
+    assert torch.equal(site.trained_head(plan).linear.weight, before)
+    sealed, classes = load_sealed(site.store.directory / plan.hash / "sealed.safetensors")
+    assert classes == ("a", "b")
+    assert torch.equal(sealed.linear.weight, head.linear.weight)
+    assert torch.equal(update(site, plan, 2), update(other, plan, 2))
+
+
+def test_records_are_checked_when_a_site_is_made(runtime: Runtime, tmp_path: Path) -> None:
+    broken = Records(RECORDS.images * 255, RECORDS.labels)
+    with pytest.raises(DataError, match="site north"):
+        Site(SiteConfig("north", ("a", "b"), 12), broken, runtime, SiteStore(tmp_path))
+
+
+def test_what_is_cached_is_computed_once(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site()
+    bench = site.runtime.workbench(plan)
+    assert site.cached(bench) is site.cached(bench)
+    other = site.runtime.workbench(plan.replace({"seed": 5}))
+    assert site.cached(other) is not site.cached(bench)
