@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedgraft_client.store import load_sealed
-from fedgraft_common.adapted import pool
+from fedgraft_common.adapted import pool, quiet_peft
 from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
 from fedgraft_common.plan import Backbone as BackboneConfig
@@ -49,7 +49,8 @@ def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Mo
 
     backbone = load_backbone(config)
     try:
-        model: Any = PeftModel.from_pretrained(backbone.model, str(adapter), is_trainable=False)
+        with quiet_peft():
+            model: Any = PeftModel.from_pretrained(backbone.model, str(adapter))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(
             str(adapter), str(error).splitlines()[0],

@@ -7,9 +7,11 @@ need not trust anyone for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,7 @@ class AdaptedBackbone(nn.Module):
         self.adapted_blocks = tuple(
             block for block in blocks if any(_inside(t, block) for t in targets)
         )
-        with warnings.catch_warnings():  # PEFT warns that BatchNorm is "unsupported"; see film.py
-            warnings.simplefilter("ignore", UserWarning)
+        with quiet_peft():
             self.peft = get_peft_model(self.backbone.model, method.config(adapter, targets))
         for name, parameter in self.peft.named_parameters():
             parameter.requires_grad_(method.trains(name))
@@ -104,7 +105,8 @@ class AdaptedBackbone(nn.Module):
     def save(self, directory: Path) -> None:
         """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""
         save: Any = self.peft
-        save.save_pretrained(directory, safe_serialization=True)
+        with quiet_peft():
+            save.save_pretrained(directory, safe_serialization=True)
 
 
 def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:
@@ -132,6 +134,15 @@ def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:
     if hidden.dim() == 4:
         return hidden.flatten(2).mean(dim=2).float()
     return (hidden[:, 0] if pooling == "cls" else hidden.mean(dim=1)).float()
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silences two messages: BatchNorm is "unsupported" (see film.py), and a renamed property."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def adapted_backbone(plan: Plan) -> AdaptedBackbone:

@@ -2,9 +2,9 @@
 
 A plan is one TOML file. Every key is described below with its unit; an unknown key is an
 error. The canonical form (sorted JSON without white space) has a SHA-256 hash, which names the
-run everywhere: in messages, checkpoints and a site's store. `[data]` and `[sites]` describe a
-simulation and are not part of the hash, so that the same plan keeps its name when it moves to
-production, where sites bring their own data.
+run everywhere: in messages, checkpoints and a site's store. `[data]`, `[sites]` and `[comparison]`
+describe a simulation and are not part of the hash, so that the same plan keeps its name when it
+moves to production, where sites bring their own data.
 
 Options that only affect speed (device, physical batch size) belong to a site's runtime, not to
 the plan: they must not change privacy or results.
@@ -228,6 +228,20 @@ class Sites(Section):
     )
 
 
+class Comparison(Section):
+    """Simulation only: what the other rows of the table change, so that each is at its best."""
+
+    local: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="Dotted keys and values for the row with the local mechanism, whose noise is "
+        "larger and wants smaller steps, e.g. { 'training.learning_rate' = 0.5 }.",
+    )
+    distributed: dict[str, Scalar] = Field(
+        default_factory=dict, description="The same for the distributed mechanism."
+    )
+    none: dict[str, Scalar] = Field(default_factory=dict, description="The same without DP.")
+
+
 class Plan(Section):
     """One federation run. See the module's docstring."""
 
@@ -250,6 +264,7 @@ class Plan(Section):
     rounds: Rounds = Rounds()
     data: Data = Data()
     sites: Sites = Sites()
+    comparison: Comparison = Comparison()
 
     @model_validator(mode="after")
     def _mechanism_and_strategy_agree(self) -> Plan:
@@ -314,7 +329,7 @@ class Plan(Section):
     @cached_property
     def canonical(self) -> str:
         """The plan as sorted JSON without white space, without the simulation's tables."""
-        document = self.model_dump(mode="json", exclude={"data", "sites"})
+        document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

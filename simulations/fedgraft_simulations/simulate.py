@@ -249,8 +249,11 @@ class _Run:
 
 
 def variant(plan: Plan, mechanism: Mechanism) -> Plan:
-    """The same plan with another mechanism and nothing else changed."""
-    return plan.replace({"privacy.mechanism": mechanism})
+    """The plan with another mechanism, and what `[comparison]` says that one needs."""
+    if mechanism == plan.privacy.mechanism:
+        return plan
+    changes = getattr(plan.comparison, mechanism)
+    return plan.replace({"privacy.mechanism": mechanism, **changes})
 
 
 def refit(site: Site, bench: Workbench, adapter: Tensors) -> LinearHead:

@@ -10,7 +10,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from fedgraft_client.app import client_app
 from fedgraft_common.messages import Tensors
@@ -25,32 +24,12 @@ pytestmark = [
     # deprecated calls inside either.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning"),  # PEFT
 ]
 Carry = Callable[[ServerApp, ClientApp, int], None]
 
 
 def in_process(server: ServerApp, app: ClientApp, sites: int) -> None:
     server(LocalGrid(app, sites), local_context(0, 1))
-
-
-def vit(directory: Path) -> str:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        image_size=16, patch_size=4, num_channels=1,
-    )  # fmt: skip
-    ViTModel(config).save_pretrained(directory)
-    return f"dir:{directory}"
-
-
-def resnet(directory: Path) -> str:
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
-    )
-    ResNetModel(config).save_pretrained(directory)
-    return f"dir:{directory}"
 
 
 def adapters(plans: list[Plan], directory: Path, carry: Carry) -> list[list[Tensors]]:
@@ -72,7 +51,9 @@ def adapters(plans: list[Plan], directory: Path, carry: Carry) -> list[list[Tens
     return found
 
 
-def test_ray_gives_the_adapters_of_the_local_grid(tmp_path: Path) -> None:
+def test_ray_gives_the_adapters_of_the_local_grid(
+    tmp_path: Path, vit_directory: Path, resnet_directory: Path
+) -> None:
     common = Plan().replace(
         {
             "rounds.count": 3,
@@ -85,7 +66,7 @@ def test_ray_gives_the_adapters_of_the_local_grid(tmp_path: Path) -> None:
     )
     local_mechanism = common.replace(
         {
-            "backbone.source": vit(tmp_path / "vit"),
+            "backbone.source": f"dir:{vit_directory}",
             "adapter.method": "ffa-lora",
             "privacy.mechanism": "local",
             "head.training": "private",
@@ -94,7 +75,7 @@ def test_ray_gives_the_adapters_of_the_local_grid(tmp_path: Path) -> None:
     )
     distributed_mechanism = common.replace(
         {
-            "backbone.source": resnet(tmp_path / "resnet"),
+            "backbone.source": f"dir:{resnet_directory}",
             "adapter.method": "film",
             "privacy.mechanism": "distributed",
             "aggregation.strategy": "FedAvgM",

@@ -7,7 +7,9 @@ as long again to pre-train the ViT.
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from importlib import import_module
@@ -40,6 +42,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure Fedgraft side by side with the alternatives."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's
     console = Console(file=sys.stderr if as_json else sys.stdout)
     console.print(machine())
     reports = []

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fedgraft_common.backbone import load_backbone
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.benchmarks.glyph_vit import CACHE, LAYERS, glyph_vit
 from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way, alternate
+from fedgraft_simulations.benchmarks.peer import Task
 from fedgraft_simulations.partition import partition
 
 SITES, ROUNDS, BATCH = 4, 5, 64
@@ -121,6 +122,7 @@ def common_plan(backbone: Path) -> Plan:
             "privacy.epsilon": EPSILON,
             "privacy.delta": DELTA,
             "privacy.clipping_norm": CLIPPING_NORM,
+            "training.schedule": "constant",
             "training.learning_rate": LEARNING_RATE,
             "training.head_learning_rate": HEAD_LEARNING_RATE,
             "aggregation.sites": SITES,
@@ -188,28 +190,32 @@ class _Job:
         return Way(name, tuple(self.seconds), facts)
 
 
-def _peer(plan: Plan, layers: str, directory: Path) -> _Job:
+def peer_task(plan: Plan, layers: str, directory: Path) -> Task:
+    """The plan, in the peer's words."""
     last = LAYERS if layers == "all" else int(layers.removeprefix("last:"))
-    task: dict[str, Any] = {
-        "backbone": plan.backbone.source.removeprefix("dir:"),
-        "data": str(directory),
-        "sites": SITES,
-        "classes": 10,
-        "rounds": ROUNDS,
-        "batch": BATCH,
-        "epsilon": EPSILON,
-        "delta": DELTA,
-        "clipping_norm": CLIPPING_NORM,
-        "learning_rate": LEARNING_RATE,
-        "head_learning_rate": HEAD_LEARNING_RATE,
-        "rank": RANK,
-        "alpha": ALPHA,
-        "layers": list(range(LAYERS - last, LAYERS)),
-        "targets": list(TARGETS),
-        "seed": SEED,
-    }
-    path = directory / f"task-{last}.json"
-    path.write_text(json.dumps(task), encoding="utf-8")
+    return Task(
+        backbone=plan.backbone.source.removeprefix("dir:"),
+        data=str(directory),
+        sites=plan.sites.count,
+        classes=10,
+        rounds=plan.rounds.count,
+        batch=BATCH,
+        epsilon=plan.privacy.epsilon,
+        delta=plan.privacy.delta,
+        clipping_norm=plan.privacy.clipping_norm,
+        learning_rate=plan.training.learning_rate,
+        head_learning_rate=plan.training.head_learning_rate,
+        rank=plan.adapter.rank,
+        alpha=plan.adapter.alpha,
+        layers=list(range(LAYERS - last, LAYERS)),
+        targets=list(plan.adapter.targets),
+        seed=plan.seed,
+    )
+
+
+def _peer(plan: Plan, layers: str, directory: Path) -> _Job:
+    path = directory / f"task-{layers.replace(':', '-')}.json"
+    path.write_text(json.dumps(asdict(peer_task(plan, layers, directory))), encoding="utf-8")
     return _Job(lambda _: [f"{PACKAGE}.peer", str(path)], directory)
 
 

@@ -88,6 +88,7 @@ class Step:
 
     Attributes:
         door: where the step starts.
+        parameters: what it trains; their `grad` is the last step's noisy sum.
     """
 
     def __init__(self, plan: Plan, device: torch.device, batch: int, whole: bool) -> None:
@@ -101,8 +102,8 @@ class Step:
         self._labels = (torch.arange(batch) % CLASSES).to(device)
         self._batch = batch
         self._device = device
-        parameters = [*bench.adapted.adapter.values(), *self._model.head.parameters()]
-        self._groups = [{"params": parameters, "lr": 0.0, "noise_std": 1.0}]
+        self.parameters = [*bench.adapted.adapter.values(), *self._model.head.parameters()]
+        self._groups = [{"params": self.parameters, "lr": 0.0, "noise_std": 1.0}]
         self._noise = NoiseSource.for_simulation("benchmark")
         self.run()
 

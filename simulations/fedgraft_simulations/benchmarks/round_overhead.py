@@ -19,6 +19,7 @@ from flwr.serverapp import ServerApp
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.messages import (
     Status,
+    Tensors,
     TensorSpec,
     from_record,
     read_request,
@@ -51,7 +52,8 @@ def measure(repetitions: int = 3, sites: int = 10, rounds: int = 5) -> Report:
             }
         )
         size = sum(t.nbytes for t in adapted_backbone(plan).state().values())
-        local, ray = _Engine(plan, directory, _in_process), _Engine(plan, directory, run_on_ray)
+        local = Engine("in-process", plan, directory, in_process)
+        ray = Engine("Flower on Ray", plan, directory, run_on_ray)
         alternate([local.run, ray.run], repetitions)
     return Report(
         "round_overhead",
@@ -72,22 +74,31 @@ def measure(repetitions: int = 3, sites: int = 10, rounds: int = 5) -> Report:
     )
 
 
-class _Engine:
-    """One engine and its times."""
+class Engine:
+    """One engine and its times.
 
-    def __init__(self, plan: Plan, directory: Path, carry: Carry) -> None:
+    Attributes:
+        total: seconds of each whole job.
+        later: seconds from the end of the first round to the end of the last.
+        adapter: the final adapter.
+    """
+
+    def __init__(self, name: str, plan: Plan, directory: Path, carry: Carry) -> None:
+        self.name = name
         self.plan = plan
         self.directory = directory
         self.carry = carry
         self.total: list[float] = []
         self.later: list[float] = []
+        self.adapter: Tensors = {}
 
     def run(self) -> float:
         """One job."""
         finished: list[float] = []
 
-        def note(_: RoundSummary) -> None:
+        def note(summary: RoundSummary) -> None:
             finished.append(time.perf_counter())
+            self.adapter = summary.adapter
 
         with tempfile.TemporaryDirectory(dir=self.directory) as name:
             server = server_app(self.plan, Path(name), note, durable=False)
@@ -99,11 +110,11 @@ class _Engine:
 
     def way(self, seconds: list[float]) -> Way:
         """For the report."""
-        name = "in-process" if self.carry is _in_process else "Flower on Ray"
-        return Way(name, tuple(seconds))
+        return Way(self.name, tuple(seconds))
 
 
-def _in_process(server: ServerApp, app: ClientApp, sites: int) -> None:
+def in_process(server: ServerApp, app: ClientApp, sites: int) -> None:
+    """Carries messages without Ray."""
     server(LocalGrid(app, sites), local_context(0, 1))
 
 

@@ -48,21 +48,7 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_images(directory / "images.npz", sites * records)
-        plan = Plan().replace(
-            {
-                "name": "thousand-sites",
-                "backbone.source": backbone,
-                "adapter.method": "film",
-                "training.sample_rate": 0.5,
-                "training.expected_batch": records * 0.4,
-                "privacy.mechanism": mechanism,
-                "aggregation.sites": sites,
-                "rounds.count": rounds,
-                "data.source": f"npz:{directory / 'images.npz'}",
-                "sites.count": sites,
-                "sites.partitioner": "IidPartitioner",
-            }
-        )
+        plan = crowd_plan(directory, sites, rounds, records, mechanism, backbone)
         path = directory / "plan.json"
         path.write_text(plan.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", MODULE, str(path), str(directory / "run")]
@@ -73,6 +59,27 @@ def measure(
         f"{sites} sites of {records} records, {rounds} rounds, {mechanism} mechanism",
         figures=figures,
         notes=(f"Aim: a peak below {LIMIT / 1e9:g} GB, and no process per site.",),
+    )
+
+
+def crowd_plan(
+    directory: Path, sites: int, rounds: int, records: int, mechanism: str, backbone: str
+) -> Plan:
+    """Many small sites, half of whose records are in a step; images are in `directory`."""
+    return Plan().replace(
+        {
+            "name": "thousand-sites",
+            "backbone.source": backbone,
+            "adapter.method": "film",
+            "training.sample_rate": 0.5,
+            "training.expected_batch": records * 0.4,
+            "privacy.mechanism": mechanism,
+            "aggregation.sites": sites,
+            "rounds.count": rounds,
+            "data.source": f"npz:{directory / 'images.npz'}",
+            "sites.count": sites,
+            "sites.partitioner": "IidPartitioner",
+        }
     )
 
 

@@ -17,7 +17,7 @@ from fedgraft_common.messages import Status, read_status, to_record
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.local_grid import LocalGrid
 
-SECRET = "patient 4711, born 1950"
+PRIVATE = "patient 4711, born 1950"
 
 
 @pytest.fixture
@@ -70,14 +70,14 @@ def test_a_site_that_cannot_be_made_says_nothing_about_why(plan: Plan) -> None:
     """Flower sends the text of an exception that leaves an app to the server."""
 
     def find(_: Context) -> Site:
-        raise ValueError(SECRET)
+        raise ValueError(PRIVATE)
 
     grid = LocalGrid(client_app(find), count=1)
     (node,) = grid.get_node_ids()
     message = grid.create_message(content(plan, Runtime("cpu")), "train", node, "1")
     (reply,) = grid.send_and_receive([message])
     assert read_status(reply) is Status.FAILED
-    assert SECRET not in repr(reply.content) + repr(vars(reply.metadata))
+    assert PRIVATE not in repr(reply.content) + repr(vars(reply.metadata))
 
 
 @pytest.mark.parametrize("kind", ["query", "evaluate"])

@@ -246,6 +246,8 @@ class Gated(nn.Module):
 class Constant(Toy):
     """Each block gets a bias of shape (2, 6): two heads, not two records."""
 
+    bias: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Gated() for _ in range(3))

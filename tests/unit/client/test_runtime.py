@@ -51,7 +51,7 @@ def test_devices_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:99", "mps", "", "CPU"])
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
-    with pytest.raises(PlanError, match="auto, cpu.* Choose a device of this machine"):
+    with pytest.raises(PlanError, match=r"auto, cpu.* Choose a device of this machine"):
         choose_device(name)
 
 

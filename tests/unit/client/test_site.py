@@ -19,6 +19,7 @@ from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore, load_sealed
+from fedgraft_client.training import train_round
 from fedgraft_common.errors import CheckpointError, DataError, FedgraftError, MessageError
 from fedgraft_common.messages import Status, Tensors, from_record, to_record
 from fedgraft_common.plan import Plan
@@ -26,7 +27,7 @@ from fedgraft_common.plan import Plan
 RECORDS = Records(
     torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 )
-SECRET = "patient 4711, born 1950"
+PRIVATE = "patient 4711, born 1950"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def plan(vit_directory: Path) -> Plan:
             "training.expected_batch": 6.0,
             "privacy.delta": 1e-3,
             "rounds.count": 3,
+            "training.schedule": "constant",
         }
     )
 
@@ -117,7 +119,7 @@ def assert_says_only(reply: Message, number: int, expected: Status) -> None:
         "reply_to_message_id", "group_id", "created_at", "ttl", "message_type", "delivered_at",
     }  # fmt: skip
     assert {name.removeprefix("_") for name in vars(metadata)} == known
-    assert SECRET not in repr(content) + repr(vars(metadata))
+    assert PRIVATE not in repr(content) + repr(vars(metadata))
 
 
 def stored(site: Site) -> list[str]:
@@ -161,11 +163,10 @@ class Count:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rounds = 0
-        train = site_module.train_round
 
         def counted(*arguments: Any, **options: Any) -> Tensors:
             self.rounds += 1
-            return train(*arguments, **options)
+            return train_round(*arguments, **options)
 
         monkeypatch.setattr(site_module, "train_round", counted)
 
@@ -270,14 +271,14 @@ def test_a_huge_adapter_does_not_make_records_speak(
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (FedgraftError("records", SECRET, "x", "y"), Status.FAILED),
-        (CheckpointError("store", SECRET, "x", "y"), Status.FAILED),
-        (MessageError("adapter", SECRET, "x", "y"), Status.REFUSED),
-        (RuntimeError(SECRET), Status.FAILED),
-        (KeyError(SECRET), Status.FAILED),
-        (MemoryError(SECRET), Status.FAILED),
-        (AssertionError(SECRET), Status.FAILED),
-        (RecursionError(SECRET), Status.FAILED),
+        (FedgraftError("records", PRIVATE, "x", "y"), Status.FAILED),
+        (CheckpointError("store", PRIVATE, "x", "y"), Status.FAILED),
+        (MessageError("adapter", PRIVATE, "x", "y"), Status.REFUSED),
+        (RuntimeError(PRIVATE), Status.FAILED),
+        (KeyError(PRIVATE), Status.FAILED),
+        (MemoryError(PRIVATE), Status.FAILED),
+        (AssertionError(PRIVATE), Status.FAILED),
+        (RecursionError(PRIVATE), Status.FAILED),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
@@ -312,7 +313,7 @@ def test_no_exception_leaves_from_anywhere(
     message = request(plan, 1, initial(site, plan))
 
     def fail(*_: object, **__: object) -> Any:
-        raise OSError(SECRET)
+        raise OSError(PRIVATE)
 
     owners: dict[str, object] = {"workbench": site.runtime, "cached": site}
     with monkeypatch.context() as patch:

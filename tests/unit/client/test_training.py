@@ -114,9 +114,9 @@ class Oracle:
         with torch.no_grad():
             for parameter, gradient in zip(self.adapter_parameters, total[:split], strict=True):
                 if adapter:
-                    parameter -= training.learning_rate * scale * gradient
+                    parameter.sub_(training.learning_rate * scale * gradient)
             for parameter, gradient in zip(self.head_parameters, total[split:], strict=True):
-                parameter -= training.head_learning_rate * scale * gradient
+                parameter.sub_(training.head_learning_rate * scale * gradient)
         return total[:split]
 
 

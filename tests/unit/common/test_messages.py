@@ -167,7 +167,7 @@ def test_pickled_objects_are_never_loaded(capsys: pytest.CaptureFixture[str]) ->
 
     file = io.BytesIO()
     np.save(file, np.array([[Speaks()] * 3] * 2, object), allow_pickle=True)
-    with pytest.raises(MessageError, match="allow_pickle=False"):
+    with pytest.raises(MessageError, match="adapter tensor a"):
         from_record(forged(file.getvalue()), SCHEMA)
     assert capsys.readouterr().out == ""
 

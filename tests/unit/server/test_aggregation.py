@@ -45,7 +45,9 @@ NEEDS_MORE: dict[str, dict[str, float]] = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No log lines; and Flower's Bulyan collects garbage for every reply, half a second each."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
     with caplog.at_level(logging.ERROR, "flwr"):
         yield
 
