@@ -67,6 +67,7 @@ def test_ray_gives_the_adapters_of_the_local_grid(
     local_mechanism = common.replace(
         {
             "backbone.source": f"dir:{vit_directory}",
+            "backbone.pooling": "mean",  # the fixture was saved without a pooler
             "adapter.method": "ffa-lora",
             "privacy.mechanism": "local",
             "head.training": "private",

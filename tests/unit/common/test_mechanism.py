@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedgraft_common.accounting import epsilon
+from fedgraft_common.accounting import SamplingEvent, epsilon
 from fedgraft_common.errors import PrivacyError
 from fedgraft_common.mechanism import sample_rate, step_noise
 from fedgraft_common.plan import Plan
@@ -78,6 +78,7 @@ def test_local_noise_counts_local_steps() -> None:
     step = step_noise(plan(training__local_steps=3), 80, "north")
     assert step.event is not None
     assert step.event.steps == 60
+    assert 0.99 * 8 <= epsilon([SamplingEvent(0.25, step.event.noise_multiplier, 60)], 1e-5) <= 8
 
 
 @pytest.mark.parametrize(("dropouts", "colluders", "shares"), [(0, 0, 16), (1, 0, 15), (2, 5, 9)])
