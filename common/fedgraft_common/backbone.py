@@ -12,13 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -37,7 +45,13 @@ class Preprocessing(BaseModel):
     channels: int = Field(ge=1, description="Colour channels.")
     size: int = Field(ge=1, description="Side of the square input in pixels.")
     mean: tuple[float, ...] = Field(description="Subtracted per channel, of values in [0, 1].")
-    std: tuple[float, ...] = Field(description="Divided by per channel.")
+    std: tuple[PositiveFloat, ...] = Field(description="Divided by per channel.")
+
+    @model_validator(mode="after")
+    def _one_constant_per_channel(self) -> Preprocessing:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std need {self.channels} values, one per channel")
+        return self
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Resizes and normalises.
@@ -151,6 +165,12 @@ def _weights_file(directory: Path) -> Path:
         raise BackboneError(
             "backbone.source", str(directory), "an existing directory", "Check the path."
         )
+    if (directory / "adapter_config.json").exists():
+        raise BackboneError(
+            str(directory / "adapter_config.json"), "an adapter beside the backbone",
+            "a directory with a backbone only: transformers would apply the adapter unasked, and "
+            "the backbone's hash would not show it", "Move the adapter to a directory of its own.",
+        )  # fmt: skip
     weights = directory / "model.safetensors"
     if weights.is_file():
         return weights
@@ -177,8 +197,9 @@ def _load_model(directory: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = AutoModel.from_pretrained(
+            model, report = AutoModel.from_pretrained(
                 directory,
+                output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -190,7 +211,24 @@ def _load_model(directory: Path) -> nn.Module:
             str(directory), reason, "a model that transformers.AutoModel loads offline",
             "Compare the files with the manifest's hashes, or copy the directory again.",
         ) from None  # fmt: skip
-    return model.requires_grad_(False).eval()
+    return _without_random_weights(model, report["missing_keys"], directory)
+
+
+def _without_random_weights(model: Any, missing: Iterable[str], directory: Path) -> nn.Module:
+    """Transformers draws what a checkpoint lacks at random: another model in every process.
+
+    A pooler that was never trained is common and is left out; anything else is refused.
+    """
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+    elif missing:
+        raise BackboneError(
+            str(directory / "model.safetensors"), f"no weights for {', '.join(sorted(missing))}",
+            "a checkpoint with every weight of the architecture in config.json",
+            "Save the whole model again, or correct config.json.",
+        )  # fmt: skip
+    frozen: nn.Module = model.requires_grad_(False).eval()
+    return frozen
 
 
 def _manifest(directory: Path, model: nn.Module) -> Manifest:
@@ -210,7 +248,10 @@ def _manifest(directory: Path, model: nn.Module) -> Manifest:
 def _processor_constants(directory: Path, model: nn.Module) -> Preprocessing:
     config: Any = model.config
     path = directory / "preprocessor_config.json"
-    processor = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        processor = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise BackboneError(str(path), str(error), "JSON", "Correct or remove the file.") from None
     size = getattr(config, "image_size", None) or processor.get("size", 224)
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224

@@ -63,8 +63,13 @@ def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
         site: its name, for the error.
 
     Raises:
-        PrivacyError: B is larger than N, or 1/N does not exceed delta.
+        PrivacyError: N is no count, B is larger than N, or 1/N does not exceed delta.
     """
+    if nominal_size < 1:
+        raise PrivacyError(
+            f"site {site}: nominal size", nominal_size, "a whole number of at least 1",
+            "Declare in public roughly how many records the site has.",
+        )  # fmt: skip
     if plan.privacy.mechanism != "none" and plan.privacy.delta >= 1 / nominal_size:
         raise PrivacyError(
             "privacy.delta", plan.privacy.delta,

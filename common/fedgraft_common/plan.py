@@ -28,6 +28,7 @@ from fedgraft_common.errors import PlanError
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
+STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
 
 class Section(BaseModel):
@@ -163,8 +164,9 @@ class Aggregation(Section):
 
     strategy: str = Field(
         default="FedAvg",
-        description="Any class of flwr.serverapp.strategy that averages arrays. The distributed "
-        "mechanism sees only a sum and takes one of: " + ", ".join(SERVER_OPTIMIZERS) + ".",
+        description="A class of flwr.serverapp.strategy that needs nothing but arrays: "
+        + ", ".join(STRATEGIES)
+        + ". The distributed mechanism sees only a sum and takes one of the first five.",
     )
     options: dict[str, Scalar] = Field(
         default_factory=dict, description="Keyword arguments of that class, e.g. server_momentum."
@@ -291,6 +293,11 @@ class Plan(Section):
             raise ValueError(
                 "adapter.method='none' leaves nothing to aggregate; use an adapter, or stay alone"
             )
+        sites, needed = self.aggregation.sites, self.aggregation.minimum_sites
+        if sites is not None and needed > sites:
+            raise ValueError(
+                f"aggregation.minimum_sites={needed} is more than the {sites} sites of the run"
+            )
         for name in self.sites.label_sets:
             if name not in self.data.label_sets:
                 raise ValueError(
@@ -405,7 +412,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(str(path), "no such file", "a TOML file", "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(str(path), str(error), "TOML in UTF-8", "Correct the file.") from None
     for override in overrides:
         key, value = parse_override(override)

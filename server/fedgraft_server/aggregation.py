@@ -23,8 +23,14 @@ from flwr.serverapp.strategy import Strategy
 
 from fedgraft_common.errors import CheckpointError, PlanError
 from fedgraft_common.messages import ADAPTER, PLAN, Tensors, TensorSpec, from_record, to_record
-from fedgraft_common.plan import Plan
+from fedgraft_common.plan import STRATEGIES, Plan
 
+# Arguments of Flower's strategies that Fedgraft sets: who is asked, and what records are called.
+_PROTOCOL = (
+    "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
+    "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn",
+)  # fmt: skip
 _WEIGHT = "weight"
 _PUBLIC_WEIGHT = 1.0
 
@@ -36,15 +42,16 @@ def build_strategy(plan: Plan) -> Strategy:
         PlanError: no such strategy, an option it does not take, or one that cannot work without
             metrics from sites.
     """
-    names = sorted(
-        name
-        for name, value in vars(strategy).items()
-        if inspect.isclass(value) and issubclass(value, Strategy) and not inspect.isabstract(value)
-    )
-    name = plan.aggregation.strategy
-    if name not in names:
-        raise PlanError("aggregation.strategy", name, ", ".join(names), "Choose one of these.")
+    name, options = plan.aggregation.strategy, plan.aggregation.options
+    if name not in STRATEGIES:
+        raise PlanError(
+            "aggregation.strategy", name, ", ".join(STRATEGIES),
+            "Choose one of these; others of Flower's need losses or models that sites do not send.",
+        )  # fmt: skip
     kind: Any = getattr(strategy, name)
+    own = [p for p in inspect.signature(kind).parameters if p not in _PROTOCOL]
+    for option in sorted(set(options) - set(own)):
+        raise _bad_options(plan, f"{', '.join(own) or 'no options'}; not {option!r}")
     settings: dict[str, Any] = {
         "fraction_train": 1.0,
         "fraction_evaluate": 0.0,
@@ -54,16 +61,21 @@ def build_strategy(plan: Plan) -> Strategy:
         "weighted_by_key": _WEIGHT,
         "arrayrecord_key": ADAPTER,
         "configrecord_key": PLAN,
-        **plan.aggregation.options,
+        **options,
     }
     try:
         built: Strategy = kind(**settings)
     except (TypeError, ValueError) as error:
-        raise PlanError(
-            "aggregation.options", plan.aggregation.options, f"what {name} takes ({error})",
-            "Correct the options or choose another strategy.",
-        ) from None  # fmt: skip
+        raise _bad_options(plan, str(error)) from None
     return built
+
+
+def _bad_options(plan: Plan, reason: str) -> PlanError:
+    return PlanError(
+        "aggregation.options", plan.aggregation.options,
+        f"what {plan.aggregation.strategy} takes ({reason})",
+        "Correct the options or choose another strategy.",
+    )  # fmt: skip
 
 
 class Aggregator:
@@ -102,7 +114,10 @@ class Aggregator:
         if self.plan.privacy.mechanism == "distributed":
             updates = [self._step(number, adapter, updates)]
         replies = [_as_reply(update) for update in updates]
-        arrays, _ = self.strategy.aggregate_train(number, replies)
+        try:
+            arrays, _ = self.strategy.aggregate_train(number, replies)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise _bad_options(self.plan, str(error)) from None
         if arrays is None:
             raise PlanError(
                 "aggregation.strategy", self.plan.aggregation.strategy, "a strategy that averages",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft_common.adapted import adapted_backbone
@@ -100,24 +100,25 @@ def usable_updates(
     Raises:
         MessageError: fewer than the plan asks for; nothing is aggregated then.
     """
-    updates: list[Tensors] = []
+    updates: dict[int, Tensors] = {}
     refused: list[str] = []
     for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+        node = reply.metadata.src_node_id
         try:
-            updates.append(_update(schema, number, reply))
+            updates.setdefault(node, _update(schema, number, reply))  # a second answer is ignored
         except FedgraftError as error:
-            log.warning("round %d, node %d: %s", number, reply.metadata.src_node_id, error)
+            log.warning("round %d, node %d: %s", number, node, error)
             refused.append(str(error.value))
     needed = plan.aggregation.minimum_sites
-    if plan.privacy.mechanism == "distributed":
-        needed = max(needed, plan.noise_shares)
+    if plan.privacy.mechanism == "distributed":  # a colluder's share is known: it hides nothing
+        needed = max(needed, plan.noise_shares + plan.privacy.tolerated_colluders)
     if len(updates) < needed:
         raise MessageError(
             f"round {number}", f"{len(updates)} usable updates, {len(refused)} without one "
             f"({', '.join(sorted(set(refused))) or 'none'})", f"at least {needed}",
             "Look into the sites' own logs; then resume, or lower aggregation.minimum_sites.",
         )  # fmt: skip
-    return updates
+    return list(updates.values())
 
 
 def _update(schema: tuple[TensorSpec, ...], number: int, reply: Message) -> Tensors:
@@ -127,7 +128,7 @@ def _update(schema: tuple[TensorSpec, ...], number: int, reply: Message) -> Tens
     answered = reply.content.config_records[STATUS].get("round")
     if answered != number:
         raise MessageError("round", answered, str(number), "A late reply was ignored.")
-    return from_record(reply.content.array_records[ADAPTER], schema)
+    return from_record(reply.content.array_records.get(ADAPTER, ArrayRecord()), schema)
 
 
 def server_app(

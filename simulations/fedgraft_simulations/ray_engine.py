@@ -11,12 +11,14 @@ exception in the caller, as it is with `LocalGrid`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -233,3 +235,6 @@ def _see_off(processes: Iterable[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=EXIT_PATIENCE)
+    with warnings.catch_warnings():  # Ray leaves its pipes to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

@@ -18,7 +18,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     for name, field in Plan.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
-SIMULATION_ONLY = {"data", "sites"}
+SIMULATION_ONLY = {"data", "sites", "comparison"}
 DISTRIBUTED = {"privacy.mechanism": "distributed", "training.sample_rate": 0.5}
 
 # One other valid value for every field that the hash covers.
@@ -131,8 +131,10 @@ def test_default_is_the_hash_of_the_canonical_form() -> None:
 
 
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
-    one = {"privacy": {"epsilon": 2, "delta": 1e-6}, "seed": 3}
-    other = {"seed": 3, "privacy": {"delta": 1e-6, "epsilon": 2.0}}
+    options = {"options": {"server_momentum": 0.9, "server_learning_rate": 0.5}}
+    reversed_options = {"options": dict(reversed(options["options"].items()))}
+    one = {"privacy": {"epsilon": 2, "delta": 1e-6}, "seed": 3, "aggregation": options}
+    other = {"aggregation": reversed_options, "seed": 3, "privacy": {"delta": 1e-6, "epsilon": 2.0}}
     assert parse_plan(one, "a").hash == parse_plan(other, "b").hash
 
 
@@ -142,6 +144,7 @@ def test_hash_does_not_depend_on_the_order_of_keys() -> None:
         {"data.source": "npz:x.npz"},
         {"data.label_sets": {"odd": [[1], [2]]}},
         {"sites.count": 3},
+        {"comparison.local": {"training.learning_rate": 0.5}},
         {"sites.partitioner": "IidPartitioner", "sites.options": {}},
     ],
 )
