@@ -5,12 +5,16 @@ The same app answers in a simulation (in-process or on Ray) and in production.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgraft_client.site import Site
+from fedgraft_common.messages import Status, write_reply
+
+log = logging.getLogger(__name__)
 
 
 def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
@@ -23,6 +27,11 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return site_for(context).answer(message)
+        try:
+            site = site_for(context)
+        except Exception:  # Flower would send its text to the server
+            log.exception("there is no site for this message")
+            return write_reply(message, 0, Status.FAILED)
+        return site.answer(message)
 
     return app

@@ -19,16 +19,16 @@ def predict(
     adapter: Annotated[Path, typer.Option(help="Adapter directory in PEFT's format.")],
     head: Annotated[Path, typer.Option(help="The site's sealed.safetensors.")],
     backbone: Annotated[
-        str, typer.Option(help="The plan's backbone.source.", envvar="FEDGRAFT_BACKBONE")
-    ] = "embedded:glyphs",
+        str | None,
+        typer.Option(help="Where the backbone is, if not where the plan said: dir:PATH."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of CSV.")] = False,
 ) -> None:
     """Print the class and its probability for each record."""
     from fedgraft_client import predict as prediction
     from fedgraft_client.data import load_images
-    from fedgraft_common.plan import Backbone
 
-    found = prediction.predict(Backbone(source=backbone), adapter, head, load_images(images))
+    found = prediction.predict(adapter, head, load_images(images), backbone)
     best = found.probabilities.max(dim=1).values.tolist()
     rows = [
         {"record": i, "label": label, "probability": round(p, 6)}

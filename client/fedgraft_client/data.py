@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -45,6 +46,11 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             "A head needs something to tell apart: list every class the task has, even if no "
             "record of it is here, or leave the site out.",
         )  # fmt: skip
+    if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
+        raise DataError(
+            f"{where}: classes", ", ".join(classes), "different names of one line each",
+            "Rename the classes in the label map.",
+        )  # fmt: skip
     if len(records) == 0:
         raise DataError(
             f"{where}: records", 0, "at least one record",
@@ -55,6 +61,16 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             f"{where}: images", tuple(records.images.shape),
             f"(records, channels, height, width) with {len(records.labels)} records",
             "Give one image and one label for each record.",
+        )  # fmt: skip
+    if records.images.dtype != torch.float32:
+        raise DataError(
+            f"{where}: images", records.images.dtype, "float32 values in [0, 1]",
+            "Convert them: images.float().",
+        )  # fmt: skip
+    if records.labels.dim() != 1 or records.labels.dtype != torch.int64:
+        raise DataError(
+            f"{where}: labels", f"{records.labels.dtype}{tuple(records.labels.shape)}",
+            "one int64 class index for each record", "Convert them: labels.flatten().long().",
         )  # fmt: skip
     finite = torch.isfinite(records.images).flatten(1).all(dim=1)
     if not finite.all():
@@ -93,9 +109,9 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any,
         DataError: the file or an array cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(
             str(path), str(error), f"an npz file with arrays {' and '.join(names)}",
             "Write it with numpy.savez(path, images=..., ...).",

@@ -78,10 +78,25 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
         for start in range(0, len(labels), physical_batch):
             part = slice(start, start + physical_batch)
             engine(tuple(tensor[part] for tensor in cached), labels[part])
+            self._contain()
             self.clip_and_accumulate()
             self._clear(("grad_sample",))
         self.add_noise()
         self._clear(("summed_grad",))
+
+    def _contain(self) -> None:
+        """Float32, and zeros for a record whose gradient is not finite.
+
+        Both act on each record alone, so its share of the sum stays within C. NaN times a
+        clipping factor is NaN: a server that sends an adapter near overflow would learn from it
+        whether a record that overflows was in the batch.
+        """
+        samples = [p.grad_sample.float() for p in self.params]
+        finite = torch.stack([s.reshape(len(s), -1).isfinite().all(dim=1) for s in samples])
+        keep = finite.all(dim=0)
+        for parameter, sample in zip(self.params, samples, strict=True):
+            mask = keep.view(-1, *[1] * (sample.dim() - 1))
+            parameter.grad_sample = torch.where(mask, sample, 0.0)
 
     def _clear(self, names: Iterable[str]) -> None:
         for parameter in self.params:

@@ -55,12 +55,25 @@ class Hooks:
     name = "hooks"
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._attach()
+
+    def _attach(self) -> None:
         from opacus.grad_sample import GradSampleHooks
 
-        self._model = model
-        self._hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=False)
+        self._hooks = GradSampleHooks(
+            self._model, batch_first=True, loss_reduction="sum", strict=False
+        )
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
+        try:
+            self._compute(cached, labels)
+        except BaseException:  # a forward pass without its backward would spoil the next batch
+            self.close()
+            self._attach()
+            raise
+
+    def _compute(self, cached: Cached, labels: torch.Tensor) -> None:
         parameters = trained(self._model).values()
         for parameter in parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -98,7 +111,10 @@ class Vmap:
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
         parameters = trained(self._model)
         values = {name: p.detach() for name, p in parameters.items()}
-        for name, gradient in self._gradient(values, cached, labels).items():
+        with warnings.catch_warnings():  # an operator without a batching rule is slower, not wrong
+            warnings.filterwarnings("ignore", message=".*performance drop.*")
+            gradients = self._gradient(values, cached, labels)
+        for name, gradient in gradients.items():
             parameters[name].grad_sample = gradient.detach()  # type: ignore[attr-defined]
 
     def close(self) -> None:

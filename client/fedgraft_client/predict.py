@@ -6,6 +6,7 @@ the backbone's directory.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,17 @@ def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Mo
     from peft import PeftModel
 
     backbone = load_backbone(config)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():  # else PEFT asks the network, or opens a pickle
+            raise AdapterError(
+                str(adapter), f"no {name}", "a directory with both of PEFT's files",
+                "Name the adapter directory of the run.",
+            )  # fmt: skip
     try:
         with quiet_peft():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             model: Any = PeftModel.from_pretrained(backbone.model, str(adapter))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise AdapterError(
             str(adapter), str(error).splitlines()[0],
             "a directory with adapter_config.json and adapter_model.safetensors for this backbone",
@@ -60,23 +68,28 @@ def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Mo
     return backbone, model.eval()
 
 
-def predict(config: BackboneConfig, adapter: Path, head: Path, images: torch.Tensor) -> Prediction:
+def predict(
+    adapter: Path, head: Path, images: torch.Tensor, source: str | None = None
+) -> Prediction:
     """Predicts new records.
 
     Args:
-        config: which backbone, as in the plan.
         adapter: directory in PEFT's format.
-        head: a sealed head.
+        head: a sealed head; it says which backbone it belongs to.
         images: (N, C, H, W) float32 in [0, 1].
+        source: where the backbone is, if not where the plan said.
 
     Raises:
         BackboneError, AdapterError, CheckpointError: one of the three cannot be loaded.
     """
+    sealed = load_sealed(head)
+    config = sealed.backbone if source is None else sealed.backbone.model_copy(
+        update={"source": source}
+    )  # fmt: skip
     backbone, model = load_adapted(config, adapter)
-    output, classes = load_sealed(head)
     parts = []
     with torch.no_grad():
         for chunk in images.split(256):
             pooled = pool(model(backbone.manifest.preprocessing(chunk)), backbone.pooling)
-            parts.append(output(backbone.standardise(pooled)).softmax(dim=1))
-    return Prediction(classes, torch.cat(parts))
+            parts.append(sealed.head(backbone.standardise(pooled)).softmax(dim=1))
+    return Prediction(sealed.classes, torch.cat(parts))

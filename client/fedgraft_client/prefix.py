@@ -60,17 +60,31 @@ class Prefix(nn.Module):
         example = example.to(next(self.model.parameters()).device)
         self._entry = (self._root().get_submodule(self.door),)
         self._learn_what_to_skip(example[:2])
-        with torch.no_grad():
-            whole = self.model(example)
-            try:
-                rest = self(*self.compute(example))
-                gap = float((whole - rest).abs().max())
-                problem = None if gap <= tolerance else f"the parts differ by {gap:.1e}"
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                problem = f"the rest does not run alone ({type(error).__name__})"
+        own = self.model.state()
+        try:
+            cached = self.compute(example)
+            self._disturb()  # kept tensors must not hold anything of the adapter
+            with torch.no_grad():
+                whole = self.model(example)
+                gap = float((whole - self(*cached)).abs().max() / whole.abs().max().clamp(min=1))
+            problem = None if gap <= tolerance else f"the parts differ by {gap:.1e}"
+            if any(len(tensor) != len(example) for tensor in cached):
+                problem = "it is given a tensor that is not one row a record"
+        except Exception as error:  # whatever a foreign model does, the answer is "not cut"
+            problem = f"the rest does not run alone ({type(error).__name__})"
+        finally:
+            self.model.load(own)
         if problem is not None:
             self.reason = f"the model cannot be cut before {self.door}: {problem}"
             self._restore()
+
+    def _disturb(self) -> None:
+        """Another adapter than the start, where LoRA does nothing."""
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in self.model.adapter.values():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * noise.to(parameter.device))
 
     def _root(self) -> nn.Module:
         peft: Any = self.model.peft

@@ -43,8 +43,8 @@ class SiteModel(nn.Module):
 
     def features(self, *cached: torch.Tensor) -> torch.Tensor:
         """Features (N, D) float32."""
-        with lower_precision(self.dtype, self.device_type):
-            features: torch.Tensor = self.prefix(*cached)
+        exact = (t.float() if t.is_floating_point() else t for t in cached)
+        features: torch.Tensor = self.prefix(*exact)
         return features.float()
 
 
@@ -104,10 +104,14 @@ class Workbench:
         model.head.load_state_dict(head.state_dict())
         return model, engine
 
-    def _checked(self, classes: int, trains: bool) -> tuple[SiteModel, Engine]:
+    def release(self) -> None:
+        """Detaches the gradient engine; the next `trainer` checks and attaches one again."""
         if self._trainer is not None:
             self._trainer[1].close()
             self._trainer = None
+
+    def _checked(self, classes: int, trains: bool) -> tuple[SiteModel, Engine]:
+        self.release()
         generator = torch.Generator().manual_seed(3)
         head = LinearHead(self.adapted.feature_dim, classes).requires_grad_(trains)
         nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
@@ -124,6 +128,8 @@ class Runtime:
 
     def __init__(self, device: str = "auto", physical_batch: int = 256) -> None:
         self.device = choose_device(device)
+        if self.device.type == "cuda":  # TF32 convolutions would fail the gradient check
+            torch.backends.cudnn.allow_tf32 = False
         self.physical_batch = physical_batch
         self._benches: dict[str, Workbench] = {}
 

@@ -113,6 +113,12 @@ class Site:
                     "plan", "not JSON", "a plan as canonical JSON", "The message was ignored."
                 ) from None
             plan = parse_plan(document, origin="request")
+            if plan.privacy.mechanism != "local" and not self.config.simulated:
+                raise PrivacyError(
+                    "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
+                    "Without secure aggregation the server would see this site's own sum with "
+                    "little noise or none; simulate the plan instead.",
+                )  # fmt: skip
             self._plans[text] = plan, self.step(plan)
         return self._plans[text]
 

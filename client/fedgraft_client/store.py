@@ -9,12 +9,15 @@ a request that comes again gets the same bytes again instead of a second look at
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedgraft_client.head import LinearHead
+from fedgraft_common.errors import CheckpointError
 from fedgraft_common.files import load_tensors, save_tensors
 from fedgraft_common.messages import Tensors
-from fedgraft_common.plan import Plan
+from fedgraft_common.plan import Backbone, Plan
 
 _HEAD, _REPLY = "head.", "reply."
 
@@ -60,22 +63,50 @@ class SiteStore:
     def seal(self, plan: Plan, head: LinearHead, classes: tuple[str, ...]) -> Path:
         """Keeps a refitted head for predictions at home."""
         path = self._folder(plan) / "sealed.safetensors"
-        facts = {"classes": "\n".join(classes), "plan": plan.hash}
+        facts = {
+            "classes": json.dumps(classes),
+            "backbone": plan.backbone.model_dump_json(),
+            "plan": plan.hash,
+        }
         save_tensors(path, head.state_dict(), facts, self._durable)
         return path
 
 
-def load_sealed(path: Path) -> tuple[LinearHead, tuple[str, ...]]:
-    """A refitted head and its class names.
+@dataclass(frozen=True, slots=True)
+class SealedHead:
+    """A refitted head and what it belongs to.
+
+    Attributes:
+        head: frozen.
+        classes: names, K of them.
+        backbone: the plan's backbone, pooling and hash included.
+    """
+
+    head: LinearHead
+    classes: tuple[str, ...]
+    backbone: Backbone
+
+
+def load_sealed(path: Path) -> SealedHead:
+    """Reads what `SiteStore.seal` wrote.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: missing, damaged, or another kind of file.
     """
     tensors, metadata = load_tensors(path)
+    if "classes" not in metadata or "linear.weight" not in tensors:
+        raise CheckpointError(
+            str(path), "no head with class names", "a sealed.safetensors of a site",
+            "Name the sealed head, not the file of a round.",
+        )  # fmt: skip
     classes, features = tensors["linear.weight"].shape
     head = LinearHead(features, classes)
     head.load_state_dict(tensors)
-    return head.requires_grad_(False), tuple(metadata["classes"].split("\n"))
+    return SealedHead(
+        head.requires_grad_(False),
+        tuple(json.loads(metadata["classes"])),
+        Backbone.model_validate_json(metadata["backbone"]),
+    )
 
 
 def _with_prefix(tensors: Tensors, prefix: str) -> Tensors:

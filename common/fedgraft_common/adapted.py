@@ -105,6 +105,8 @@ class AdaptedBackbone(nn.Module):
     def save(self, directory: Path) -> None:
         """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""
         save: Any = self.peft
+        for config in save.peft_config.values():  # not the path on this machine
+            config.base_model_name_or_path = self.backbone.manifest.name
         with quiet_peft():
             save.save_pretrained(directory, safe_serialization=True)
 

@@ -73,7 +73,14 @@ def main() -> None:
     """Entry point: turns a FedgraftError into one line and exit code 1."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
-        group(prog_name="fedgraft")
+        code = group(prog_name="fedgraft", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
     except FedgraftError as error:
         click.echo(f"fedgraft: {error}", err=True)
         sys.exit(1)

@@ -48,6 +48,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return 4 * math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -102,11 +107,11 @@ def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
                 f"{spec.dtype}{spec.shape}", "The message is malformed and was ignored.",
             )  # fmt: skip
         header = _header(spec)
-        size = 4 * math.prod(spec.shape)
-        if not array.data.startswith(header) or len(array.data) != len(header) + size:
+        size = len(header) + spec.bytes
+        if not array.data.startswith(header) or len(array.data) != size:
             raise MessageError(
                 f"adapter tensor {spec.name}", f"{len(array.data)} bytes of another kind",
-                f"{spec.dtype}{spec.shape} in {len(header) + size} bytes of numpy's format",
+                f"{spec.dtype}{spec.shape} in {size} bytes of numpy's format",
                 "The message is malformed and was ignored.",
             )  # fmt: skip
         values = np.frombuffer(array.data, "<f4", offset=len(header)).reshape(spec.shape).copy()

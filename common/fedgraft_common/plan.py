@@ -215,8 +215,7 @@ class Sites(Section):
 
     count: int = Field(default=16, ge=1, le=100_000, description="Number of sites.")
     partitioner: str = Field(
-        default="DirichletPartitioner",
-        description="A class of flwr_datasets.partitioner.",
+        default="IidPartitioner", description="A class of flwr_datasets.partitioner."
     )
     options: dict[str, Scalar] = Field(
         default_factory=dict,
@@ -242,6 +241,16 @@ class Comparison(Section):
         default_factory=dict, description="The same for the distributed mechanism."
     )
     none: dict[str, Scalar] = Field(default_factory=dict, description="The same without DP.")
+
+    @model_validator(mode="after")
+    def _promise_stays(self) -> Comparison:
+        for key in (*self.local, *self.distributed, *self.none):
+            if key.partition(".")[0] not in ("training", "aggregation"):
+                raise ValueError(
+                    f"{key!r}: only keys of [training] and [aggregation] may differ between rows, "
+                    "or the rows would not make the same promise"
+                )
+        return self
 
 
 class Plan(Section):
@@ -292,6 +301,10 @@ class Plan(Section):
         if self.adapter.method == "none" and self.privacy.mechanism == "distributed":
             raise ValueError(
                 "adapter.method='none' leaves nothing to aggregate; use an adapter, or stay alone"
+            )
+        if self.adapter.method == "none" and self.head.training == "fixed":
+            raise ValueError(
+                "adapter.method='none' with head.training='fixed' leaves nothing to train"
             )
         sites, needed = self.aggregation.sites, self.aggregation.minimum_sites
         if sites is not None and needed > sites:

@@ -36,6 +36,7 @@ def train_alone(site: Site, plan: Plan) -> Tensors:
         The adapter.
     """
     bench = site.runtime.workbench(plan)
+    bench.release()  # Opacus' hooks would keep the per-example gradients of every step
     labels, classes = site.records.labels, len(site.config.classes)
     features = bench.features(bench.initial, site.cached(bench))
     zeros = LinearHead(bench.adapted.feature_dim, classes)

@@ -100,6 +100,7 @@ def simulate(
         TimeRemainingColumn(),
         console=quiet,
         transient=True,
+        disable=not quiet.is_terminal,
     ) as progress:
         comparisons = []
         for number in range(seeds):

@@ -56,6 +56,11 @@ def load_source(source: str) -> Records:
             f"{path}: labels", f"{labels.dtype}{labels.shape}",
             f"{len(images)} integers, one for each image", "Write one label for each image.",
         )  # fmt: skip
+    if len(labels) == 0 or labels.min() < 0:
+        raise DataError(
+            f"{path}: labels", "none" if len(labels) == 0 else int(labels.min()),
+            "at least one record, labels from 0", "Number the classes from 0.",
+        )  # fmt: skip
     return Records(images, torch.tensor(labels.astype(np.int64)))
 
 
@@ -92,6 +97,14 @@ def _share(
     records: Records,
     indices: torch.Tensor,
 ) -> Share:
+    listed = [label for group in groups for label in group]
+    known = set(records.labels.unique().tolist())
+    for label in listed:
+        if label not in known or listed.count(label) > 1:
+            raise PlanError(
+                "data.label_sets", label, "labels of the source, each in one class: "
+                + ", ".join(map(str, sorted(known))), "Correct the label set.",
+            )  # fmt: skip
     new_label = torch.full((int(records.labels.max()) + 1,), -1)
     for number, group in enumerate(groups):
         new_label[list(group)] = number
@@ -132,7 +145,7 @@ def _indices(plan: Plan, labels: torch.Tensor) -> list[torch.Tensor]:
             spread = kind(**settings)
             spread.dataset = table
             return [torch.tensor(spread.load_partition(i)["index"]) for i in range(count)]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise PlanError(
             "sites.options", dict(plan.sites.options), f"what {name} takes ({error})",
             "Correct the options, or choose another number of sites.",

@@ -7,10 +7,11 @@ the head as the federation left it and after the sealed refit.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -22,7 +23,8 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
-from fedgraft_common.errors import MessageError
+from fedgraft_common.errors import CheckpointError, MessageError
+from fedgraft_common.files import write_atomically
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Mechanism, Plan
 from fedgraft_server.federation import RoundSummary, server_app
@@ -96,22 +98,35 @@ def simulate(
     logging.getLogger("flwr").setLevel(logging.ERROR)
     started = time.perf_counter()
     plan = plan.replace({"aggregation.sites": plan.sites.count})
+    _refuse_other_data(plan, directory / "data.json")
     sites = SimulatedSites(plan, directory / "sites", device)
     measured = _measured(sites, plan)
     run = _Run(plan, directory, sites, measured, engine, progress or Silent())
+    for key in rows:  # refuse a row that cannot run before the first one runs
+        if not key.startswith("alone"):
+            for m in measured:
+                m.site.step(variant(plan, key))  # type: ignore[arg-type]
     table = tuple(run.row(key) for key in rows)
     bench = measured[0].site.runtime.workbench(plan)
     return Comparison(
         plan=plan,
         sites=tuple(_facts(m, plan) for m in measured),
         rows=table,
-        sent=tuple(
-            Tensor(s.name, s.shape, s.dtype, 4 * int(torch.tensor(s.shape).prod()))
-            for s in bench.adapted.schema
-        ),
+        sent=tuple(Tensor(s.name, s.shape, s.dtype, s.bytes) for s in bench.adapted.schema),
         notes=_notes(plan, bench, engine),
         seconds=time.perf_counter() - started,
     )
+
+
+def _refuse_other_data(plan: Plan, file: Path) -> None:
+    """A plan's hash leaves the simulation's tables out, so files under it do not tell them apart."""
+    tables = plan.model_dump_json(include={"data", "sites"})
+    if file.exists() and file.read_text(encoding="utf-8") != tables:
+        raise CheckpointError(
+            str(file), "other data or sites", "those of the run in this directory",
+            "Choose another --out, or delete this one.",
+        )  # fmt: skip
+    write_atomically(file, tables.encode(), durable=False)
 
 
 def _measured(sites: SimulatedSites, plan: Plan) -> list[Measured]:
@@ -172,20 +187,20 @@ class _Run:
         steps = [m.site.step(plan) for m in self.measured]  # calibrates, and refuses, up front
         worst = max(steps, key=lambda s: s.epsilon(plan.privacy.delta))
         stops = _curve_rounds(plan.rounds.count)
-        curve: list[Point] = []
-        received: list[int] = []
+        server = self.directory / mechanism
+        curve = _load_curve(server / "curve.json")
 
         def on_round(summary: RoundSummary) -> None:
-            received.append(summary.bytes_received // summary.sites)
             if summary.number not in stops:
                 self.progress.round(summary.number, float("nan"), None)
                 return
             spent = worst.epsilon(plan.privacy.delta, summary.number * plan.training.local_steps)
             scores = self._trained_scores(plan, summary.adapter)
             curve.append(Point(summary.number, sum(scores) / len(scores), spent))
+            document = json.dumps([asdict(point) for point in curve])
+            write_atomically(server / "curve.json", document.encode(), durable=False)
             self.progress.round(summary.number, spent, curve[-1].accuracy)
 
-        server = self.directory / mechanism
         adapter = self._carry(plan, server, on_round)
         trained = self._trained_scores(plan, adapter)
         refitted = []
@@ -194,7 +209,8 @@ class _Run:
             bench = m.site.runtime.workbench(plan)
             refitted.append(accuracy(bench, adapter, head, m.test, m.share.test.labels))
         epsilon = worst.epsilon(plan.privacy.delta)
-        size = max(received, default=0)
+        schema = self.measured[0].site.runtime.workbench(plan).adapted.schema
+        size = sum(spec.bytes for spec in schema)
         return Row(
             mechanism, TITLES[mechanism], epsilon, tuple(refitted), tuple(trained),
             tuple(curve), size,
@@ -284,6 +300,13 @@ def _curve_rounds(count: int) -> set[int]:
         1,
         count,
     }
+
+
+def _load_curve(file: Path) -> list[Point]:
+    """Points of a run that was cut short; without DP an epsilon is Infinity in the file."""
+    if not file.exists():
+        return []
+    return [Point(**point) for point in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _facts(measured: Measured, plan: Plan) -> SiteFacts:

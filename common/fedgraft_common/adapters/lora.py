@@ -16,7 +16,9 @@ from fedgraft_common.plan import Adapter
 
 
 def _suits(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups == 1  # PEFT needs a rank that the groups divide
+    return isinstance(module, nn.Linear)
 
 
 def _config(adapter: Adapter, targets: list[str]) -> Any:

@@ -42,7 +42,6 @@ def main(
     ] = None,
 ) -> None:
     """Measure Fedgraft side by side with the alternatives."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's
     console = Console(file=sys.stderr if as_json else sys.stdout)
     console.print(machine())
@@ -58,6 +57,7 @@ def main(
 
 def _measure(name: Name, repetitions: int | None, cache: Path | None) -> Report:
     measure: Callable[..., Report] = import_module(f"{__package__}.{name}").measure
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # after the import, which sets it too
     options: dict[str, object] = {}
     if repetitions is not None and name is not Name.THOUSAND_SITES:
         options["repetitions"] = repetitions
