@@ -108,7 +108,7 @@ class AdaptedBackbone(nn.Module):
         for config in save.peft_config.values():  # not the path on this machine
             config.base_model_name_or_path = self.backbone.manifest.name
         with quiet_peft():
-            save.save_pretrained(directory, safe_serialization=True)
+            save.save_pretrained(directory, save_embedding_layers=False)
 
 
 def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:

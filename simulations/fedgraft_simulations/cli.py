@@ -55,7 +55,8 @@ def simulate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of results (default runs/NAME); what is unfinished there is resumed.",
+            help="Directory of results; default runs/NAME, with --set runs/NAME-HASH. What is "
+            "unfinished there is resumed.",
             envvar="FEDGRAFT_OUT",
         ),
     ] = None,
@@ -90,7 +91,8 @@ def simulate(
             raise PlanError("--rows", row, ", ".join(TITLES), "Name rows of the table.")
     if engine not in ("local", "flower"):
         raise PlanError("--engine", engine, "local, flower", "Choose one of these.")
-    directory = out or Path("runs") / plan.name
+    variant = f"{plan.name}-{plan.hash[:8]}" if changes else plan.name
+    directory = out or Path("runs") / variant
     quiet = Console(stderr=True)
     with Progress(
         TextColumn("{task.description:<36}"),

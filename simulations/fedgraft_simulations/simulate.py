@@ -119,7 +119,7 @@ def simulate(
 
 
 def _refuse_other_data(plan: Plan, file: Path) -> None:
-    """A plan's hash leaves the simulation's tables out, so files under it do not tell them apart."""
+    """A plan's hash leaves the simulation's tables out: files under it do not tell them apart."""
     tables = plan.model_dump_json(include={"data", "sites"})
     if file.exists() and file.read_text(encoding="utf-8") != tables:
         raise CheckpointError(

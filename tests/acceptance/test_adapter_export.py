@@ -192,7 +192,7 @@ def test_the_cases_cover_attached_hooks_and_their_absence(trained: Trained) -> N
 @pytest.mark.parametrize("saved_by", ["server/adapter", "warm"])
 def test_predictions_are_the_same_after_saving(trained: Trained, saved_by: str) -> None:
     adapter = trained.directory / saved_by
-    found = predict(trained.config, adapter, trained.sealed, load_images(trained.images))
+    found = predict(adapter, trained.sealed, load_images(trained.images))
     assert found.classes == CLASSES
     torch.testing.assert_close(found.probabilities, trained.expected, rtol=0, atol=1e-5)
     best = trained.expected.argmax(dim=1).tolist()
@@ -202,7 +202,7 @@ def test_predictions_are_the_same_after_saving(trained: Trained, saved_by: str) 
 def test_the_adapter_matters(trained: Trained, tmp_path: Path) -> None:
     model = AdaptedBackbone(load_backbone(trained.config), trained.plan.adapter, trained.plan.seed)
     model.save(tmp_path)  # untrained
-    found = predict(trained.config, tmp_path, trained.sealed, load_images(trained.images))
+    found = predict(tmp_path, trained.sealed, load_images(trained.images))
     assert not torch.allclose(found.probabilities, trained.expected, atol=1e-4)
 
 
@@ -253,7 +253,7 @@ def test_adapter_that_is_not_there(trained: Trained, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", online)
     images = load_images(trained.images)
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
-        predict(trained.config, Path("nobody/nothing"), trained.sealed, images)
+        predict(Path("nobody/nothing"), trained.sealed, images)
 
 
 def test_pickled_adapter(trained: Trained, tmp_path: Path) -> None:
@@ -261,15 +261,15 @@ def test_pickled_adapter(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(config.read_bytes())
     torch.save({"weight": torch.ones(1)}, tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterError, match=str(tmp_path)):
-        predict(trained.config, tmp_path, trained.sealed, load_images(trained.images))
+        predict(tmp_path, trained.sealed, load_images(trained.images))
 
 
 def test_a_file_that_is_no_sealed_head(trained: Trained) -> None:
     adapter = trained.directory / "server" / "adapter"
     images = load_images(trained.images)
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
-        predict(trained.config, adapter, trained.directory / "none.safetensors", images)
+        predict(adapter, trained.directory / "none.safetensors", images)
     other = trained.sealed.with_name("round.safetensors")
     assert other.is_file()
     with pytest.raises(CheckpointError, match=r"round\.safetensors"):
-        predict(trained.config, adapter, other, images)
+        predict(adapter, other, images)

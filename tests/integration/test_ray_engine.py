@@ -60,6 +60,7 @@ def test_ray_gives_the_adapters_of_the_local_grid(
             "rounds.deadline": 240.0,
             "training.sample_rate": 0.1,
             "sites.count": 4,
+            "sites.partitioner": "DirichletPartitioner",
             "sites.options": {"alpha": 5.0},
             "aggregation.sites": 4,
         }

@@ -76,8 +76,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
 
 def test_a_sealed_head_comes_back_with_its_class_names(tmp_path: Path) -> None:
     path = SiteStore(tmp_path).seal(PLAN, head(), ("ill, acute", "gesund – ok"))
-    again, classes = load_sealed(path)
-    assert classes == ("ill, acute", "gesund – ok")
+    sealed = load_sealed(path)
+    again = sealed.head
+    assert sealed.backbone == PLAN.backbone
+    assert sealed.classes == ("ill, acute", "gesund – ok")
     assert torch.equal(again.linear.weight, head().linear.weight)
     assert not any(p.requires_grad for p in again.parameters())
 

@@ -43,7 +43,7 @@ def study(*own: float) -> Study:
 def test_verdict_names_the_gain_over_the_better_way_to_stay_alone() -> None:
     result = study(0.85, 0.85)
     assert result.gain == pytest.approx(0.10)  # alone-adapter is at .75, alone-head at .65
-    assert result.verdict.startswith("Federating pays: 10.0 points of mean accuracy above")
+    assert result.verdict.startswith("Federating under DP pays: 10.0 points of mean accuracy above")
 
 
 def test_verdict_says_plainly_that_federating_loses() -> None:

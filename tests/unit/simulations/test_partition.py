@@ -46,7 +46,7 @@ def fingerprints(shares: list[Share]) -> list[bytes]:
 @pytest.mark.parametrize(
     "sites",
     [
-        {"count": 16, "options": {"alpha": 1.0}},
+        {"count": 16, "partitioner": "DirichletPartitioner", "options": {"alpha": 1.0}},
         {"count": 5} | IID,
         {"count": 4, "partitioner": "LinearPartitioner"},
         {
@@ -144,8 +144,11 @@ def test_unknown_partitioner() -> None:
     [
         ({"options": {"alpha": 1.0}} | IID, "what IidPartitioner takes .*alpha"),
         ({"partitioner": "DirichletPartitioner"}, "what DirichletPartitioner takes .*alpha"),
-        ({"options": {"alpha": -1.0}}, "alpha"),
-        ({"count": 300, "options": {"alpha": 1.0}}, "another number of sites"),
+        ({"partitioner": "DirichletPartitioner", "options": {"alpha": -1.0}}, "alpha"),
+        (
+            {"count": 300, "partitioner": "DirichletPartitioner", "options": {"alpha": 1.0}},
+            "another number of sites",
+        ),
     ],
 )
 def test_options_that_do_not_fit(sites: dict[str, Any], text: str) -> None:
