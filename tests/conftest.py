@@ -86,6 +86,7 @@ def resnet_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.ResNetModel(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 1.5)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

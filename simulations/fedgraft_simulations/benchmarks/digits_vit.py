@@ -88,7 +88,7 @@ def measure(repetitions: int = 1, cache: Path = CACHE, dtypes: tuple[str, ...] =
             f"{plan.training.local_steps} DP steps a round at sample rate "
             f"{plan.training.sample_rate:.3f}. Accuracy is the mean over sites on held-out "
             "records.",
-            "bfloat16: " + _bfloat16_units(),
+            "bfloat16 (before the first adapted block only): " + _bfloat16_units(),
         ),
     )
 
