@@ -56,6 +56,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._parameters = list(trained(model).values())  # a walk over all modules, done once
         self._attach()
 
     def _attach(self) -> None:
@@ -74,13 +75,13 @@ class Hooks:
             raise
 
     def _compute(self, cached: Cached, labels: torch.Tensor) -> None:
-        parameters = trained(self._model).values()
+        parameters = self._parameters
         for parameter in parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
         with warnings.catch_warnings():  # no input needs a gradient: that is what frozen means
             warnings.filterwarnings("ignore", message=".*[Ff]ull backward hook.*")
             loss = functional.cross_entropy(self._model(*cached), labels, reduction="sum")
-            torch.autograd.backward(loss, inputs=list(parameters))
+            torch.autograd.backward(loss, inputs=parameters)
         for parameter in parameters:
             parameter.grad = None
             if parameter.grad_sample is None:  # type: ignore[attr-defined]

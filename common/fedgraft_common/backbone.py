@@ -204,6 +204,7 @@ def _load_model(directory: Path) -> nn.Module:
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                attn_implementation="eager",  # faster than flash on CPUs, and vmap can trace it
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -65,8 +66,17 @@ class Request:
 
 def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Tensors as a Flower record, in name order, so that equal tensors give equal bytes."""
-    plain = {name: tensors[name].detach().cpu().contiguous().numpy() for name in sorted(tensors)}
-    return ArrayRecord({name: Array(values) for name, values in plain.items()})
+    record = ArrayRecord()  # its constructor would copy every Array
+    for name in sorted(tensors):
+        record[name] = to_array(tensors[name])
+    return record
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """What `Array(ndarray)` gives, byte for byte, without the cost of numpy.save."""
+    values = tensor.detach().cpu().contiguous().numpy()
+    spec = TensorSpec("", values.shape, str(values.dtype))
+    return Array(spec.dtype, spec.shape, "numpy.ndarray", _header(spec) + values.tobytes())
 
 
 def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
@@ -124,13 +134,14 @@ def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
     return tensors
 
 
+@lru_cache(maxsize=4096)
 def _header(spec: TensorSpec) -> bytes:
     """The only bytes that a tensor of this spec can begin with in numpy's format.
 
     Comparing with them means that nothing a stranger sent is ever parsed.
     """
     file = io.BytesIO()
-    facts = {"descr": "<f4", "fortran_order": False, "shape": spec.shape}
+    facts = {"descr": np.dtype(spec.dtype).str, "fortran_order": False, "shape": spec.shape}
     np.lib.format.write_array_header_1_0(file, facts)
     return file.getvalue()
 

@@ -22,7 +22,15 @@ from flwr.serverapp import Grid, strategy
 from flwr.serverapp.strategy import Strategy
 
 from fedgraft_common.errors import CheckpointError, PlanError
-from fedgraft_common.messages import ADAPTER, PLAN, Tensors, TensorSpec, from_record, to_record
+from fedgraft_common.messages import (
+    ADAPTER,
+    PLAN,
+    Tensors,
+    TensorSpec,
+    from_record,
+    to_array,
+    to_record,
+)
 from fedgraft_common.plan import STRATEGIES, Plan
 
 # Arguments of Flower's strategies that Fedgraft sets: who is asked, and what records are called.
@@ -175,10 +183,25 @@ class Aggregator:
             setattr(self.strategy, key, value)
 
 
+class _Parsed(Array):
+    """An Array for a strategy in this process: its values are at hand and need no parsing."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        array = to_array(tensor)
+        super().__init__(array.dtype, array.shape, array.stype, array.data)
+        self.__dict__["_values"] = tensor.numpy()
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The values themselves."""
+        values: np.ndarray[Any, Any] = self.__dict__["_values"]
+        return values
+
+
 def _as_reply(update: Tensors) -> Message:
-    content = RecordDict(
-        {ADAPTER: to_record(update), "metrics": MetricRecord({_WEIGHT: _PUBLIC_WEIGHT})}
-    )
+    arrays = ArrayRecord()
+    for name in sorted(update):  # FedAvgM pairs tensors by position
+        arrays[name] = _Parsed(update[name])
+    content = RecordDict({ADAPTER: arrays, "metrics": MetricRecord({_WEIGHT: _PUBLIC_WEIGHT})})
     return Message(content, dst_node_id=0, message_type="train")
 
 
