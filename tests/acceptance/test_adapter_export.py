@@ -93,7 +93,8 @@ def test_peft_alone_gives_the_same_features(
     exported: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]], model: str, method: str
 ) -> None:
     here, there = exported[model, method]
-    torch.testing.assert_close(there, here, rtol=0, atol=1e-6)
+    # Transformers alone takes other kernels (flash attention, MKL): float32 rounding, amplified.
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
     other_method = "film" if method != "film" else "lora"
     assert not torch.allclose(exported[model, other_method][0], here, atol=1e-2)
 

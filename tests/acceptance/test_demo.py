@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
+from fedgraft_client.predict import predict
 from fedgraft_common.plan import load_plan
+from fedgraft_common.plan_cli import check
 from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.comparison import Study
 from fedgraft_simulations.simulate import TITLES, simulate
@@ -48,6 +52,28 @@ def test_the_demo_prints_what_the_readme_says(tmp_path: Path) -> None:
         assert 100 * summary.refit == pytest.approx(printed[summary.key][0], abs=MACHINES)
     assert printed["distributed"][1].split() == ["7.99", "1e-5"]
     assert printed["none"][1].startswith("no DP")
+    check_predictions(study, tmp_path)
+
+
+def check_predictions(study: Study, directory: Path) -> None:
+    """The README's `fedgraft predict`, with what this run left behind."""
+    images = torch.tensor(load_digits().images[:3] / 16, dtype=torch.float32).unsqueeze(1)
+    hash_ = study.comparisons[0].plan.hash
+    sealed = directory / "sites" / "branch-00" / hash_ / "sealed.safetensors"
+    found = predict(directory / "distributed" / "adapter", sealed, images)
+    text = README.read_text(encoding="utf-8")
+    assert f"branch-00/{hash_}/sealed.safetensors" in text
+    printed = re.findall(r"^\d,(\d),([\d.]+)$", text, re.MULTILINE)
+    assert [label for label, _ in printed] == found.labels
+    for (_, probability), row in zip(printed, found.probabilities, strict=True):
+        assert float(row.max()) == pytest.approx(float(probability), abs=0.05)
+
+
+def test_plan_check_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = README.read_text(encoding="utf-8")
+    command, _, rest = text[text.index("$ fedgraft plan check") :].partition("\n")
+    check(README.parent / command.split()[-1])
+    assert capsys.readouterr().out.strip() == rest.partition("```")[0].strip()
 
 
 @pytest.mark.slow
