@@ -75,7 +75,8 @@ def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 def to_array(tensor: torch.Tensor) -> Array:
     """What `Array(ndarray)` gives, byte for byte, without the cost of numpy.save."""
     values = tensor.detach().cpu().contiguous().numpy()
-    spec = TensorSpec("", values.shape, str(values.dtype))
+    name = "float32" if values.dtype == np.float32 else str(values.dtype)
+    spec = TensorSpec("", values.shape, name)
     return Array(spec.dtype, spec.shape, "numpy.ndarray", _header(spec) + values.tobytes())
 
 

@@ -28,7 +28,6 @@ from fedgraft_common.messages import (
     Tensors,
     TensorSpec,
     from_record,
-    to_array,
     to_record,
 )
 from fedgraft_common.plan import STRATEGIES, Plan
@@ -184,11 +183,10 @@ class Aggregator:
 
 
 class _Parsed(Array):
-    """An Array for a strategy in this process: its values are at hand and need no parsing."""
+    """An Array for a strategy in this process: it holds values and never becomes bytes."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        array = to_array(tensor)
-        super().__init__(array.dtype, array.shape, array.stype, array.data)
+        super().__init__("float32", tuple(tensor.shape), "numpy.ndarray", b"")
         self.__dict__["_values"] = tensor.numpy()
 
     def numpy(self) -> np.ndarray[Any, Any]:
