@@ -26,10 +26,11 @@ from fedgraft_common.messages import (
     to_record,
     write_reply,
 )
-from fedgraft_common.plan import Plan
+from fedgraft_common.plan import Plan, load_plan
 from fedgraft_server.federation import RoundSummary, server_app
 from fedgraft_simulations.benchmarks.glyph_vit import glyph_vit
 from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way, alternate
+from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.ray_engine import run_on_ray
 
@@ -38,37 +39,42 @@ Carry = Callable[[ServerApp, ClientApp, int], None]
 
 
 def measure(repetitions: int = 3, sites: int = 10, rounds: int = 5) -> Report:
-    """Runs both engines in turn."""
+    """Runs both engines in turn, with the demo's adapter and with a large one."""
+    ratios, figures = [], {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        plan = Plan().replace(
-            {
+        job = {"privacy.mechanism": "none", "rounds.count": rounds, "sites.count": sites}
+        demo = load_plan(PLANS / "digits.toml").replace(job)
+        large = Plan().replace(
+            job
+            | {
                 "backbone.source": f"dir:{glyph_vit(directory, steps=0)}",
                 "adapter.method": "lora",
-                "adapter.layers": "last:10",  # 276,480 float32 values
-                "privacy.mechanism": "none",
-                "rounds.count": rounds,
-                "sites.count": sites,
+                "adapter.layers": "last:10",  # 276,480 float32 values in 120 tensors
             }
         )
-        size = sum(t.nbytes for t in adapted_backbone(plan).state().values())
-        local = Engine("in-process", plan, directory, in_process)
-        ray = Engine("Flower on Ray", plan, directory, run_on_ray)
-        alternate([local.run, ray.run], repetitions)
+        for plan in (demo, large):
+            state = adapted_backbone(plan).state()
+            size = sum(t.nbytes for t in state.values())
+            what = f"{size / 1e3:,.0f} kB in {len(state)} tensors"
+            local = Engine("in-process", plan, directory, in_process)
+            ray = Engine("Flower on Ray", plan, directory, run_on_ray)
+            alternate([local.run, ray.run], repetitions)
+            ratios += [
+                Ratio(f"job, {what}", ray.way(ray.total), local.way(local.total), TARGET),
+                Ratio(f"later rounds, {what}", ray.way(ray.later), local.way(local.later)),
+            ]
+            each = rounds - 1
+            figures[f"a later round in-process, {what}, s"] = local.way(local.later).median / each
+            figures[f"a later round on Ray, {what}, s"] = ray.way(ray.later).median / each
     return Report(
         "round_overhead",
-        f"{sites} sites x {rounds} rounds without compute, adapter of {size / 1e6:.1f} MB",
-        ratios=(
-            Ratio("job, from call to return", ray.way(ray.total), local.way(local.total), TARGET),
-            Ratio("rounds after the first", ray.way(ray.later), local.way(local.later)),
-        ),
-        figures={
-            "one later round in-process, s": local.way(local.later).median / (rounds - 1),
-            "one later round on Ray, s": ray.way(ray.later).median / (rounds - 1),
-        },
+        f"{sites} sites x {rounds} rounds without compute",
+        ratios=tuple(ratios),
+        figures=figures,
         notes=(
-            "The headline is the whole job, which includes starting and ending Ray: every run "
-            "pays for it. The second line leaves start-up, the first round (in which the actors "
+            "A job is timed from call to return, which includes starting and ending Ray: every "
+            "run pays for it. Later rounds leave start-up, the first round (in which the actors "
             "import their modules) and shut-down out.",
         ),
     )
