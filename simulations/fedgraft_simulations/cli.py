@@ -31,7 +31,8 @@ class Bar:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._facts = ""
-        self._task = self._progress.add_task(self._prefix + title, total=rounds, facts="")
+        short = title.removeprefix("federated, ").removesuffix(" mechanism")  # fits 80 columns
+        self._task = self._progress.add_task(self._prefix + short, total=rounds, facts="")
 
     def round(self, number: int, epsilon: float, accuracy: float | None) -> None:
         """A round (or, staying alone, a site) is finished."""
@@ -95,8 +96,8 @@ def simulate(
     directory = out or Path("runs") / variant
     quiet = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description:<36}"),
-        BarColumn(bar_width=16),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
         TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[facts]}"),
         TimeRemainingColumn(),
