@@ -46,10 +46,12 @@ class NoiseSource:
     Attributes:
         simulated: True if anyone who knows the key can repeat the noise. Reports say so, and a
             site daemon refuses such a source.
+        untouched: True until anything is drawn, a batch of records above all.
     """
 
     def __init__(self, simulation_key: int | None = None) -> None:
         self.simulated: Final = simulation_key is not None
+        self.untouched = True
         self._rekey(secrets.randbits(256) if simulation_key is None else simulation_key)
 
     @classmethod
@@ -145,6 +147,7 @@ class NoiseSource:
 
     def _fresh_generator(self) -> np.random.Generator:
         """The generator, after making sure that no other process continues the same stream."""
+        self.untouched = False
         if self._forks != _forks:
             if self.simulated:
                 raise PrivacyError(

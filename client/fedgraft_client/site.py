@@ -2,37 +2,53 @@
 
 The way a request takes:
 
-    Message -> plan and adapter checked -> noise calibrated -> DP training -> stored -> Message
+    Message -> plan, policy, adapter checked -> ledger.reserve -> DP training -> ledger.commit
+            -> egress guard -> Message
 
-Nothing that goes wrong on the way leaves the site: the reply then says `refused` or `failed`, and
-the reason is in the site's own log.
+Nothing that goes wrong on the way leaves the site: the reply then says one word of a closed list
+(`Status`), and the reason is in the site's own log.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 import torch
 from flwr.app import Message
 
+from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
+from fedgraft_client.egress import guard
+from fedgraft_client.entry import Charge
 from fedgraft_client.head import LinearHead, initial_head
+from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.store import SiteStore
 from fedgraft_client.training import train_round
-from fedgraft_common.errors import MessageError, PlanError, PrivacyError
+from fedgraft_common.accounting import SamplingEvent
+from fedgraft_common.errors import (
+    ApprovalError,
+    BudgetError,
+    FedgraftError,
+    MessageError,
+    PrivacyError,
+    SealedError,
+)
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
     Status,
     Tensors,
     from_record,
     read_request,
+    status_of,
     to_record,
     write_reply,
 )
@@ -65,28 +81,38 @@ class Site:
         config: what it says about itself.
         records: its training records.
         runtime: device and warm models, shared by all sites in the process.
-        store: where its head and replies are kept.
+        store: where its ledger, head and replies are kept.
+        policy: its own rules; a simulated site has none.
+        clock: local time.
 
     Raises:
         DataError: the records cannot be used.
     """
 
     def __init__(
-        self, config: SiteConfig, records: Records, runtime: Runtime, store: SiteStore
+        self,
+        config: SiteConfig,
+        records: Records,
+        runtime: Runtime,
+        store: SiteStore,
+        policy: Policy | None = None,
+        clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         check_records(records, config.classes, config.name)
         self.config = config
         self.records = records
         self.runtime = runtime
         self.store = store
+        self.policy = Policy() if policy is None and not config.simulated else policy
         self.last_error: Exception | None = None
+        self._clock = clock
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
 
     def answer(self, message: Message) -> Message:
         """The reply to one round's request: adapter, round, status."""
         self.last_error = None
-        number = 0
+        number, plan = 0, None
         try:
             request = read_request(message)
             number = request.round
@@ -94,17 +120,30 @@ class Site:
             bench = self.runtime.workbench(plan)
             adapter = from_record(request.adapter, bench.adapted.schema)
             update = self._round(bench, plan, step, number, adapter)
-            return write_reply(message, number, Status.OK, to_record(update))
-        except (MessageError, PlanError, PrivacyError) as error:
-            self.last_error, status = error, Status.REFUSED
+            return self._release(
+                plan, number, write_reply(message, number, Status.OK, to_record(update))
+            )
+        except FedgraftError as error:
+            self.last_error, status = error, status_of(error)
+            if plan is not None and status is Status.BUDGET and self._took_part(plan):
+                status = Status.RETIRED
         except Exception as error:  # Flower would send an uncaught exception's text to the server
             self.last_error, status = error, Status.FAILED
             log.debug("site %s, round %d", self.config.name, number, exc_info=True)
         log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
-        return write_reply(message, number, status)
+        return guard(write_reply(message, number, status), number)
+
+    def _release(self, plan: Plan, number: int, reply: Message) -> Message:
+        """Compares what is about to leave with the plan's schema and the ledger's commit."""
+        finished = self.store.ledger.finished(plan.hash)
+        committed = finished.digest if finished and finished.round == number else None
+        return guard(reply, number, self.runtime.workbench(plan).adapted.schema, committed)
+
+    def _took_part(self, plan: Plan) -> bool:
+        return self.store.ledger.finished(plan.hash) is not None
 
     def _accept(self, text: str) -> tuple[Plan, StepNoise]:
-        """Checks a plan once, and what it would cost here."""
+        """Checks a plan once, and what it would cost here; the clock and the seal every time."""
         if text not in self._plans:
             try:
                 document = json.loads(text)
@@ -113,14 +152,74 @@ class Site:
                     "plan", "not JSON", "a plan as canonical JSON", "The message was ignored."
                 ) from None
             plan = parse_plan(document, origin="request")
-            if plan.privacy.mechanism != "local" and not self.config.simulated:
-                raise PrivacyError(
-                    "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
-                    "Without secure aggregation the server would see this site's own sum with "
-                    "little noise or none; simulate the plan instead.",
-                )  # fmt: skip
-            self._plans[text] = plan, self.step(plan)
-        return self._plans[text]
+            self._plans[text] = plan, self.agree(plan)
+        plan, step = self._plans[text]
+        if self.store.ledger.sealed(plan.hash):
+            raise SealedError(
+                f"run {plan.name}", "sealed", "a run whose head was not refitted at home",
+                "A head fitted without noise never takes part again; start a new run.",
+            )  # fmt: skip
+        if self.policy is not None:
+            check_hours(self.policy, self._clock())
+        return plan, step
+
+    def agree(self, plan: Plan) -> StepNoise:
+        """Holds a plan against policy, approval and budget, before its first round here.
+
+        Returns:
+            What a step of it uses.
+
+        Raises:
+            PrivacyError: it cannot be met here.
+            PolicyError: the site's own rules do not allow it, or it costs too much.
+        """
+        if plan.privacy.mechanism != "local" and not self.config.simulated:
+            raise PrivacyError(
+                "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
+                "Without secure aggregation the server would see this site's own sum with "
+                "little noise or none; simulate the plan instead.",
+            )  # fmt: skip
+        step = self.step(plan)
+        if self.policy is None:
+            return step
+        check_plan(self.policy, plan, self.store.ledger.unit, step)
+        if self.policy.approval == "manual" and not self.store.approved(plan):
+            raise ApprovalError(
+                f"plan {plan.name}", plan.hash[:12], "a plan the operator has approved",
+                "Look at it with `fedgraft site plans`, then "
+                f"`fedgraft site approve {plan.hash[:12]}`.",
+            )  # fmt: skip
+        if not self._took_part(plan):
+            self._check_whole(plan, step)
+        return step
+
+    def _check_whole(self, plan: Plan, step: StepNoise) -> None:
+        """Knows the last affordable round before the first one starts."""
+        assert self.policy is not None and step.event is not None  # noqa: S101 - see agree
+        ledger = self.store.ledger
+        rounds = affordable_rounds(
+            self.policy, plan, [step.event], ledger.spent(), ledger.spent(plan.hash)
+        )
+        if rounds == plan.rounds.count:
+            return
+        if rounds == 0 or not self.policy.partial_runs:
+            raise BudgetError(
+                f"plan {plan.name}", f"{plan.rounds.count} rounds",
+                f"{rounds}, what the budget pays (policy.maximum_epsilon "
+                f"{self.policy.maximum_epsilon:g}, policy.partial_runs "
+                f"{str(self.policy.partial_runs).lower()})",
+                "Nothing was spent. Ask for a plan that costs less, or allow partial runs.",
+            )  # fmt: skip
+        log.warning(
+            "site %s: the budget pays %d of %d rounds of %s; the site leaves after that",
+            self.config.name, rounds, plan.rounds.count, plan.name,
+        )  # fmt: skip
+
+    def cost(self, plan: Plan) -> Cost:
+        """What joining a run would cost this data set."""
+        step = self.step(plan)
+        assert step.event is not None  # noqa: S101 - a policy refuses plans without noise
+        return cost(self.policy or Policy(), plan, [step.event], self.store.ledger.spent())
 
     def step(self, plan: Plan) -> StepNoise:
         """Sample rate and noise of this site under a plan.
@@ -152,20 +251,44 @@ class Site:
         else:
             noise = NoiseSource.from_operating_system()
         cached, labels = self.cached(bench), self.records.labels
-        update = train_round(
-            bench,
-            plan,
-            number,
-            adapter,
-            head,
-            cached,
-            labels,
-            step,
-            noise,
-            self.runtime.physical_batch,
-        )
-        self.store.save_round(plan, number, head, update)
+        bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
+        reservation = self._reserve(plan, step, number)
+        try:
+            update = train_round(
+                bench, plan, number, adapter, head, cached, labels, step, noise,
+                self.runtime.physical_batch,
+            )  # fmt: skip
+        except BaseException:
+            if reservation is not None and noise.untouched:  # no batch was ever drawn
+                self.store.ledger.void(reservation)
+            raise
+        self.store.save_round(plan, number, head, update, reservation)
         return update
+
+    def _reserve(self, plan: Plan, step: StepNoise, number: int) -> int | None:
+        """Charges a round before its first gradient; None without DP (simulations only)."""
+        if step.event is None:
+            return None
+        ledger = self.store.ledger
+        event = SamplingEvent(
+            step.event.sample_rate, step.event.noise_multiplier, plan.training.local_steps
+        )
+        if self.policy is not None:
+            spent, run = ledger.spent(), ledger.spent(plan.hash)
+            check_affordable(self.policy, plan.privacy.delta, event, spent, run)
+        return ledger.reserve(
+            Charge(
+                run=plan.name,
+                plan=plan.hash,
+                round=number,
+                purpose="train",
+                mechanism=plan.privacy.mechanism,
+                unit=ledger.unit,
+                event=event,
+                shares=plan.noise_shares if plan.privacy.mechanism == "distributed" else 1,
+                colluders=plan.privacy.tolerated_colluders,
+            )
+        )
 
     def cached(self, bench: Workbench) -> Cached:
         """What the frozen prefix makes of the training records; computed once."""

@@ -1,10 +1,11 @@
-"""What a site keeps between rounds and restarts: its head and its last reply, and sealed heads.
+"""What a site keeps between rounds and restarts: ledger, head, last reply, sealed heads.
 
-    <directory>/<plan hash>/round.safetensors    head and reply of the last finished round
+    <directory>/ledger.sqlite3                   the account; head and reply of the last round
     <directory>/<plan hash>/sealed.safetensors   the refitted head: for predictions at home only
 
-Head and reply are one file, written in one step: after a crash they are from the same round, and
-a request that comes again gets the same bytes again instead of a second look at the data.
+Head, reply and the ledger's commit are one transaction: after a crash they are from the same
+round, and a request that comes again gets the same bytes again instead of a second look at the
+data.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
 from fedgraft_client.head import LinearHead
+from fedgraft_client.ledger import Ledger
 from fedgraft_common.errors import CheckpointError
-from fedgraft_common.files import load_tensors, save_tensors
-from fedgraft_common.messages import Tensors
+from fedgraft_common.files import load_tensors, save_tensors, write_atomically
+from fedgraft_common.messages import Tensors, digest, to_record
 from fedgraft_common.plan import Backbone, Plan
 
 _HEAD, _REPLY = "head.", "reply."
@@ -28,21 +33,50 @@ class SiteStore:
     Args:
         directory: private to the site.
         durable: whether a write waits for the disk; a simulation need not.
+        dataset: the site's own name for its data.
+        unit: what the promise protects: `record`, or a column.
+        witness: where the ledger's witness is kept; see `Ledger`.
+
+    Raises:
+        LedgerError: the ledger is damaged, was rolled back or is in use.
     """
 
-    def __init__(self, directory: Path, durable: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        durable: bool = True,
+        dataset: str = "data",
+        unit: str = "record",
+        witness: Path | None = None,
+    ) -> None:
         self.directory = directory
+        self.ledger = Ledger(directory, dataset, unit, witness, durable)
         self._durable = durable
 
-    def _folder(self, plan: Plan) -> Path:
-        return self.directory / plan.hash
+    def close(self) -> None:
+        """Lets another process have it."""
+        self.ledger.close()
 
-    def save_round(self, plan: Plan, number: int, head: LinearHead, reply: Tensors) -> None:
-        """Keeps what a finished round left behind, before the reply is sent."""
+    def save_round(
+        self, plan: Plan, number: int, head: LinearHead, reply: Tensors, reservation: int | None
+    ) -> None:
+        """Keeps what a finished round left behind, before the reply is sent.
+
+        Args:
+            plan: the run.
+            number: of the round.
+            head: the site's own, after the round.
+            reply: what will leave.
+            reservation: the ledger entry that charged for it; None without DP.
+        """
         tensors = {_HEAD + name: value for name, value in head.state_dict().items()}
         tensors |= {_REPLY + name: value for name, value in reply.items()}
-        path = self._folder(plan) / "round.safetensors"
-        save_tensors(path, tensors, {"round": str(number)}, self._durable)
+        content = save({n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())})
+        seal = digest(to_record(reply))
+        if reservation is None:
+            self.ledger.keep(plan.hash, number, seal, content)
+        else:
+            self.ledger.commit(reservation, plan.hash, number, seal, content)
 
     def last_round(self, plan: Plan, head: LinearHead) -> tuple[int, Tensors]:
         """Sets `head` to the stored one.
@@ -51,23 +85,59 @@ class SiteStore:
             Number and reply of the last finished round; (0, {}) and an untouched head before it.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: what is stored is damaged, or is for other classes.
         """
-        path = self._folder(plan) / "round.safetensors"
-        if not path.exists():
+        finished = self.ledger.finished(plan.hash)
+        if finished is None:
             return 0, {}
-        tensors, metadata = load_tensors(path)
-        head.load_state_dict(_with_prefix(tensors, _HEAD))
-        return int(metadata["round"]), _with_prefix(tensors, _REPLY)
+        try:
+            tensors = load(finished.content)
+        except SafetensorError as error:
+            raise self._damaged(str(error)) from None
+        reply = _with_prefix(tensors, _REPLY)
+        if digest(to_record(reply)) != finished.digest:
+            raise self._damaged("a reply that is not the one the ledger committed")
+        try:
+            head.load_state_dict(_with_prefix(tensors, _HEAD))
+        except RuntimeError:
+            raise CheckpointError(
+                f"{self.ledger.path}: head", f"{len(tensors[_HEAD + 'linear.bias'])} classes",
+                f"{head.linear.out_features} classes, as the site file says now",
+                "A run keeps the classes it began with; put them back, or start a new run.",
+            ) from None  # fmt: skip
+        return finished.round, reply
+
+    def _damaged(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.ledger.path}: last round", found, "what this site wrote",
+            "Restore the ledger from a backup, then `fedgraft ledger recover`.",
+        )  # fmt: skip
+
+    def approved(self, plan: Plan) -> bool:
+        """Whether the operator agreed to a plan; if not, it is kept for them to look at.
+
+        The operator's word comes as a file, since only the daemon writes to the ledger; it is
+        written down there when it is first seen.
+        """
+        if self.ledger.approved(plan.hash):
+            return True
+        waiting = self.directory / "plans" / f"{plan.hash}.json"
+        if not waiting.exists():
+            write_atomically(waiting, plan.canonical.encode(), self._durable)
+        if not waiting.with_suffix(".approved").exists():
+            return False
+        self.ledger.approve(plan.hash, plan.name)
+        return True
 
     def seal(self, plan: Plan, head: LinearHead, classes: tuple[str, ...]) -> Path:
-        """Keeps a refitted head for predictions at home."""
-        path = self._folder(plan) / "sealed.safetensors"
+        """Keeps a refitted head for predictions at home, and ends the run at this site."""
+        path = self.directory / plan.hash / "sealed.safetensors"
         facts = {
             "classes": json.dumps(classes),
             "backbone": plan.backbone.model_dump_json(),
             "plan": plan.hash,
         }
+        self.ledger.seal(plan.hash)
         save_tensors(path, head.state_dict(), facts, self._durable)
         return path
 

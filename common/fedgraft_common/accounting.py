@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -23,6 +23,8 @@ Accountant = Literal["pld", "prv", "rdp"]
 
 EXACT_INTERVAL = 1e-4
 """Grid of the reported PLD, in units of privacy loss: the default of `dp_accounting`."""
+COARSE_INTERVAL = 1e-3
+"""Grid of `epsilon_bound`: ten times cheaper, and still an upper bound, a little looser."""
 NOISE_RANGE = (0.3, 10_000.0)
 """Calibrated noise multipliers. Below, even one step promises little; above, nothing is learnt."""
 
@@ -87,7 +89,58 @@ def epsilon(events: Sequence[SamplingEvent], delta: float, accountant: Accountan
             allowed=", ".join(get_args(Accountant)),
             action='Use "pld"; the others are there to check it.',
         )
-    return _epsilon(_merge(events), delta, accountant)
+    return _epsilon(tuple(merge(events)), delta, accountant)
+
+
+def epsilon_bound(events: Sequence[SamplingEvent], delta: float) -> float:
+    """Never less than `epsilon`, within about a hundredth of it, and quick on a long history.
+
+    Rounding privacy losses to any grid overstates epsilon; a coarse grid overstates it more and
+    costs a tenth. Whatever fits by this bound fits.
+
+    Raises:
+        PrivacyError: delta is outside (0, 1).
+    """
+    _check_delta(delta)
+    merged = tuple(merge(events))
+    if not merged:
+        return 0.0
+    coarse = _composed_pld(merged, COARSE_INTERVAL)
+    return max(0.0, float(coarse.get_epsilon_for_delta(delta)))
+
+
+def fits(events: Sequence[SamplingEvent], delta: float, limit: float) -> bool:
+    """Whether the events together stay within (limit, delta); asks the exact grid only if need be.
+
+    Raises:
+        PrivacyError: delta is outside (0, 1).
+    """
+    return epsilon_bound(events, delta) <= limit or epsilon(events, delta) <= limit
+
+
+def affordable_steps(
+    prior: Sequence[SamplingEvent], event: SamplingEvent, delta: float, limit: float
+) -> int:
+    """How many of the event's steps fit behind `prior` within (limit, delta); 0 to event.steps.
+
+    Raises:
+        PrivacyError: delta is outside (0, 1).
+    """
+
+    def fit(steps: int) -> bool:
+        new = SamplingEvent(event.sample_rate, event.noise_multiplier, steps)
+        return fits([*prior, new], delta, limit)
+
+    if fit(event.steps):
+        return event.steps
+    most_that_fits, least_that_does_not = 0, event.steps
+    while least_that_does_not - most_that_fits > 1:
+        middle = (most_that_fits + least_that_does_not) // 2
+        if fit(middle):
+            most_that_fits = middle
+        else:
+            least_that_does_not = middle
+    return most_that_fits
 
 
 def calibrate_noise_multiplier(
@@ -121,7 +174,7 @@ def calibrate_noise_multiplier(
             action="Common choices lie between 1 and 10; smaller is more private.",
         )
     new = SamplingEvent(sample_rate, NOISE_RANGE[1], steps)
-    return _calibrate(target_epsilon, delta, new, _merge(prior))
+    return _calibrate(target_epsilon, delta, new, tuple(merge(prior)))
 
 
 @lru_cache(maxsize=1024)
@@ -217,13 +270,13 @@ def _epsilon(events: tuple[SamplingEvent, ...], delta: float, accountant: Accoun
         return max(0.0, float(opacus.get_epsilon(delta)))
 
 
-def _merge(events: Sequence[SamplingEvent]) -> tuple[SamplingEvent, ...]:
+def merge(events: Iterable[SamplingEvent]) -> list[SamplingEvent]:
     """Adds up the steps of equal mechanisms; the one that grew last comes last."""
     steps: dict[tuple[float, float], int] = {}
     for event in events:
         mechanism = (event.sample_rate, event.noise_multiplier)
         steps[mechanism] = steps.pop(mechanism, 0) + event.steps
-    return tuple(SamplingEvent(q, sigma, count) for (q, sigma), count in steps.items())
+    return [SamplingEvent(q, sigma, count) for (q, sigma), count in steps.items()]
 
 
 def _composed_pld(events: tuple[SamplingEvent, ...], interval: float) -> Any:

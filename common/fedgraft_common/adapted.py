@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fedgraft_common.adapters import AdapterMethod, find_method
@@ -109,6 +111,29 @@ class AdaptedBackbone(nn.Module):
             config.base_model_name_or_path = self.backbone.manifest.name
         with quiet_peft():
             save.save_pretrained(directory, save_embedding_layers=False)
+
+    def read(self, directory: Path) -> Tensors:
+        """The adapter that `save` wrote, by schema name.
+
+        Raises:
+            AdapterError: it cannot be read, or is for another plan or backbone.
+        """
+        path = directory / "adapter_model.safetensors"
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(
+                str(path), str(error).splitlines()[0], "an adapter in PEFT's format",
+                "Name the adapter directory of the run.",
+            ) from None  # fmt: skip
+        for spec in self.schema:
+            shape = tuple(found[spec.name].shape) if spec.name in found else "missing"
+            if shape != spec.shape:
+                raise AdapterError(
+                    f"{path}: {spec.name}", shape, str(spec.shape),
+                    "It belongs to another plan or backbone; name the adapter of this run.",
+                )  # fmt: skip
+        return {spec.name: found[spec.name].float() for spec in self.schema}
 
 
 def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:

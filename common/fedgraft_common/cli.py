@@ -33,6 +33,8 @@ COMMANDS = {
         "fedgraft_simulations.cli", "Run a plan on this machine, beside the alternatives."
     ),
     "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
+    "site": Command("fedgraft_client.site_cli", "Budget, costs, approval and head of a site."),
+    "ledger": Command("fedgraft_client.ledger_cli", "Verify, show or export a privacy ledger."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
 }
 

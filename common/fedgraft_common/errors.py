@@ -7,6 +7,13 @@
     ├── AdapterError      an adapter method or target that does not fit the backbone
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DataError         a site's records
+    ├── LedgerError       a site's privacy ledger: damaged, rolled back, in use, overdrawn
+    ├── PolicyError       what a site's own policy does not allow, or the site file is wrong
+    │   ├── BudgetError       it would cost more privacy than the site has left
+    │   ├── ApprovalError     the operator has not approved the plan yet
+    │   ├── HoursError        not at this time of day
+    │   └── SealedError       the site has left this run for good
+    ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
     └── CheckpointError   a server checkpoint or a site's store
 
@@ -62,6 +69,34 @@ class GradientError(FedgraftError):
 
 class DataError(FedgraftError):
     """A site's records cannot be used."""
+
+
+class LedgerError(FedgraftError):
+    """A ledger is damaged, was rolled back or is in use."""
+
+
+class PolicyError(FedgraftError):
+    """The site's own policy does not allow it."""
+
+
+class BudgetError(PolicyError):
+    """It would cost more privacy than the site has left."""
+
+
+class ApprovalError(PolicyError):
+    """The site's operator has not approved this plan."""
+
+
+class HoursError(PolicyError):
+    """The site does not take part at this time of day."""
+
+
+class SealedError(PolicyError):
+    """The site's head was refitted without noise; it takes no part in that run again."""
+
+
+class EgressError(FedgraftError):
+    """A reply holds something that must not leave the site."""
 
 
 class MessageError(FedgraftError):

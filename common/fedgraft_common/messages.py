@@ -11,6 +11,7 @@ a failure stay in the site's log.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -23,7 +24,20 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedgraft_common.errors import MessageError
+from fedgraft_common.errors import (
+    AdapterError,
+    ApprovalError,
+    BackboneError,
+    BudgetError,
+    FedgraftError,
+    GradientError,
+    HoursError,
+    MessageError,
+    PlanError,
+    PolicyError,
+    PrivacyError,
+    SealedError,
+)
 
 ADAPTER: Final = "adapter"
 PLAN: Final = "plan"
@@ -34,11 +48,40 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Status(StrEnum):
-    """All that a site ever says about how a round went."""
+    """All that a site ever says about how a round went. None of it depends on a private record,
+    except that `failed` may follow from one; it says no more than that something broke.
+    """
 
     OK = "ok"
-    REFUSED = "refused"
-    FAILED = "failed"
+    RETIRED = "retired"  # the budget is used up, as was known in advance; the site is done
+    MESSAGE = "refused-message"  # the request does not follow the protocol
+    PLAN = "refused-plan"  # the plan is wrong or cannot be met here
+    POLICY = "refused-policy"  # the site's own rules do not allow it
+    BUDGET = "refused-budget"  # it would cost more privacy than the site has left
+    APPROVAL = "refused-approval"  # the operator has not agreed yet; ask again later
+    HOURS = "refused-hours"  # not at this time of day; ask again later
+    SEALED = "refused-sealed"  # the site has left this run for good
+    FAILED = "failed"  # anything else
+
+
+_REASONS: tuple[tuple[type[FedgraftError], Status], ...] = (
+    (BudgetError, Status.BUDGET),
+    (ApprovalError, Status.APPROVAL),
+    (HoursError, Status.HOURS),
+    (SealedError, Status.SEALED),
+    (PolicyError, Status.POLICY),
+    (MessageError, Status.MESSAGE),
+    (PlanError, Status.PLAN),
+    (PrivacyError, Status.PLAN),
+    (AdapterError, Status.PLAN),
+    (BackboneError, Status.PLAN),
+    (GradientError, Status.PLAN),
+)
+
+
+def status_of(error: Exception) -> Status:
+    """What a site says when this went wrong; the error itself stays in its log."""
+    return next((status for kind, status in _REASONS if isinstance(error, kind)), Status.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +121,17 @@ def to_array(tensor: torch.Tensor) -> Array:
     name = "float32" if values.dtype == np.float32 else str(values.dtype)
     spec = TensorSpec("", values.shape, name)
     return Array(spec.dtype, spec.shape, "numpy.ndarray", _header(spec) + values.tobytes())
+
+
+def digest(record: ArrayRecord) -> str:
+    """SHA-256 over names and bytes of a record's arrays, in hexadecimal."""
+    content = hashlib.sha256()
+    for name in sorted(record):
+        array = record[name]
+        for part in (name, array.dtype, repr(tuple(array.shape)), array.stype):
+            content.update(f"{len(part)}:{part}".encode())
+        content.update(hashlib.sha256(array.data).digest())
+    return content.hexdigest()
 
 
 def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:

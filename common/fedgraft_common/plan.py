@@ -415,17 +415,18 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """Reads a plan file.
 
     Args:
-        path: a TOML file.
+        path: a TOML file, or a canonical plan (`.json`).
         overrides: `dotted.key=value` strings, the value in TOML syntax (a bare word is a string).
 
     Raises:
         PlanError: the file is missing or not TOML, or a field is wrong.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        read = json.loads if path.suffix == ".json" else tomllib.loads
+        document = read(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(str(path), "no such file", "a TOML file", "Check the path.") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PlanError(str(path), str(error), "TOML in UTF-8", "Correct the file.") from None
     for override in overrides:
         key, value = parse_override(override)

@@ -85,6 +85,8 @@ def write_report(study: Study, path: Path) -> None:
 def _render(study: Study) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from fedgraft_common.messages import Status
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -108,6 +110,7 @@ def _render(study: Study) -> str:
         promise=promise(study),
         own=own,
         sent=first.sent,
+        statuses=[status.value for status in Status],
         sent_open=len(first.sent) <= MOST_TENSORS_OPEN,
         notes=list(dict.fromkeys(note for c in study.comparisons for note in c.notes)),
         plan_json=json.dumps(first.plan.model_dump(mode="json"), indent=2, ensure_ascii=False),

@@ -270,7 +270,7 @@ def test_a_file_that_is_no_sealed_head(trained: Trained) -> None:
     images = load_images(trained.images)
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
         predict(adapter, trained.directory / "none.safetensors", images)
-    other = trained.sealed.with_name("round.safetensors")
+    other = trained.sealed.parents[1] / "ledger.sqlite3"
     assert other.is_file()
-    with pytest.raises(CheckpointError, match=r"round\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"ledger\.sqlite3"):
         predict(adapter, other, images)

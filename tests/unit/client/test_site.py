@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,20 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft_client import site as site_module
 from fedgraft_client.data import Records
+from fedgraft_client.ledger import Finished
+from fedgraft_client.policy import Policy
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore, load_sealed
 from fedgraft_client.training import train_round
-from fedgraft_common.errors import CheckpointError, DataError, FedgraftError, MessageError
+from fedgraft_common.errors import (
+    CheckpointError,
+    DataError,
+    EgressError,
+    FedgraftError,
+    MessageError,
+)
 from fedgraft_common.messages import Status, Tensors, from_record, to_record
 from fedgraft_common.plan import Plan
 
@@ -40,6 +51,9 @@ def plan(vit_directory: Path) -> Plan:
     return Plan().replace(
         {
             "backbone.source": f"dir:{vit_directory}",
+            "backbone.sha256": sha256(
+                (vit_directory / "model.safetensors").read_bytes()
+            ).hexdigest(),
             "backbone.frozen_dtype": "float32",
             "adapter.layers": "last:1",
             "adapter.rank": 2,
@@ -56,12 +70,22 @@ MakeSite = Callable[..., Site]
 
 
 @pytest.fixture
-def make_site(runtime: Runtime, tmp_path: Path) -> MakeSite:
-    def make(folder: str = "site", simulated: bool = True, name: str = "north") -> Site:
-        config = SiteConfig(name, ("a", "b"), nominal_size=12, simulated=simulated)
-        return Site(config, RECORDS, runtime, SiteStore(tmp_path / folder))
+def make_site(runtime: Runtime, tmp_path: Path) -> Iterator[MakeSite]:
+    stores: dict[str, SiteStore] = {}
 
-    return make
+    def make(
+        folder: str = "site", simulated: bool = True, name: str = "north", **rules: Any
+    ) -> Site:
+        if folder in stores:  # a restart: the process before is gone
+            stores[folder].close()
+        stores[folder] = SiteStore(tmp_path / folder, durable=not simulated)
+        config = SiteConfig(name, ("a", "b"), nominal_size=12, simulated=simulated)
+        policy = None if simulated else Policy(maximum_delta=1e-3, **rules)
+        return Site(config, RECORDS, runtime, stores[folder], policy)
+
+    yield make
+    for store in stores.values():
+        store.close()
 
 
 def request(
@@ -122,8 +146,16 @@ def assert_says_only(reply: Message, number: int, expected: Status) -> None:
     assert PRIVATE not in repr(content) + repr(vars(metadata))
 
 
-def stored(site: Site) -> list[str]:
-    return sorted(p.name for p in site.store.directory.rglob("*") if p.is_file())
+def kept(site: Site, plan: Plan) -> Finished | None:
+    return site.store.ledger.finished(plan.hash)
+
+
+def untouched(site: Site) -> bool:
+    """Nothing was spent and nothing is stored."""
+    with sqlite3.connect(site.store.ledger.path) as connection:
+        rounds = connection.execute("SELECT count(*) FROM rounds").fetchone()[0]
+    connection.close()
+    return site.store.ledger.spent() == [] and rounds == 0
 
 
 @pytest.mark.parametrize("mechanism", ["local", "distributed", "none"])
@@ -151,7 +183,8 @@ def test_what_leaves_in_a_round(make_site: MakeSite, plan: Plan, mechanism: str,
         )  # fmt: skip
     zero_head = head == "private" and mechanism == "none"  # passes no gradient to the adapter
     assert any(bool(t.any()) for t in tensors(reply, site, plan).values()) is not zero_head
-    assert stored(site) == ["round.safetensors"]
+    assert kept(site, plan) is not None
+    assert [e.steps for e in site.store.ledger.spent()] == ([] if mechanism == "none" else [1])
     trained = site.trained_head(plan)
     assert trained.linear.weight.any()
     if head == "fixed":
@@ -195,13 +228,13 @@ def test_an_earlier_or_too_late_round_is_refused(
     site = make_site()
     for done in (1, 2):
         site.answer(request(plan, done, initial(site, plan)))
-    before = (site.store.directory / plan.hash / "round.safetensors").read_bytes()
+    before = kept(site, plan), site.store.ledger.spent()
     count = Count(monkeypatch)
     reply = site.answer(request(plan, number, initial(site, plan)))
-    assert_says_only(reply, number, Status.REFUSED)
+    assert_says_only(reply, number, Status.MESSAGE)
     assert isinstance(site.last_error, MessageError)
     assert count.rounds == 0
-    assert (site.store.directory / plan.hash / "round.safetensors").read_bytes() == before
+    assert (kept(site, plan), site.store.ledger.spent()) == before
 
 
 def test_another_start_than_the_seeds_is_refused(make_site: MakeSite, plan: Plan) -> None:
@@ -209,9 +242,9 @@ def test_another_start_than_the_seeds_is_refused(make_site: MakeSite, plan: Plan
     altered = {name: tensor.clone() for name, tensor in initial(site, plan).items()}
     next(iter(altered.values())).view(-1)[0] += 1e-6
     reply = site.answer(request(plan, 1, altered))
-    assert_says_only(reply, 1, Status.REFUSED)
+    assert_says_only(reply, 1, Status.MESSAGE)
     assert "plan's seed" in str(site.last_error)
-    assert stored(site) == []
+    assert untouched(site)
 
 
 def spoilt(kind: str, start: Tensors) -> ArrayRecord:
@@ -250,8 +283,8 @@ def spoilt(kind: str, start: Tensors) -> ArrayRecord:
 def test_a_malformed_adapter_is_refused(make_site: MakeSite, plan: Plan, kind: str) -> None:
     site = make_site()
     reply = site.answer(request(plan, 2, spoilt(kind, initial(site, plan))))
-    assert_says_only(reply, 2, Status.REFUSED)
-    assert stored(site) == []
+    assert_says_only(reply, 2, Status.MESSAGE)
+    assert untouched(site)
 
 
 @pytest.mark.parametrize("value", [1e18, 1e38])
@@ -265,7 +298,7 @@ def test_a_huge_adapter_does_not_make_records_speak(
     if status(reply) == Status.OK:
         assert all(bool(t.isfinite().all()) for t in tensors(reply, site, plan).values())
     else:
-        assert_says_only(reply, 2, Status.REFUSED)
+        assert_says_only(reply, 2, Status.MESSAGE)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +306,7 @@ def test_a_huge_adapter_does_not_make_records_speak(
     [
         (FedgraftError("records", PRIVATE, "x", "y"), Status.FAILED),
         (CheckpointError("store", PRIVATE, "x", "y"), Status.FAILED),
-        (MessageError("adapter", PRIVATE, "x", "y"), Status.REFUSED),
+        (MessageError("adapter", PRIVATE, "x", "y"), Status.MESSAGE),
         (RuntimeError(PRIVATE), Status.FAILED),
         (KeyError(PRIVATE), Status.FAILED),
         (MemoryError(PRIVATE), Status.FAILED),
@@ -299,7 +332,7 @@ def test_no_exception_leaves(
         reply = site.answer(request(plan, 1, initial(site, plan)))
     assert_says_only(reply, 1, expected)
     assert site.last_error is error
-    assert stored(site) == []
+    assert untouched(site)
     reply = site.answer(request(plan, 1, initial(site, plan)))  # and the site goes on
     assert_says_only(reply, 1, Status.OK)
     assert site.last_error is None
@@ -359,9 +392,9 @@ def test_a_plan_that_cannot_be_met_is_refused(
     headless = kind == "no adapter and a fixed head"
     adapter = ArrayRecord() if headless else to_record(initial(site, plan))
     reply = site.answer(request(text, 1, adapter))
-    assert_says_only(reply, 1, Status.REFUSED)
+    assert_says_only(reply, 1, Status.MESSAGE if kind == "not JSON" else Status.PLAN)
     assert count.rounds == 0
-    assert stored(site) == []
+    assert untouched(site)
 
 
 def test_a_real_site_never_answers_without_noise(make_site: MakeSite, plan: Plan) -> None:
@@ -369,8 +402,8 @@ def test_a_real_site_never_answers_without_noise(make_site: MakeSite, plan: Plan
     site = make_site(simulated=False)
     bare = plan.replace({"privacy.mechanism": "none"})
     reply = site.answer(request(bare, 1, initial(site, bare)))
-    assert_says_only(reply, 1, Status.REFUSED)
-    assert stored(site) == []
+    assert_says_only(reply, 1, Status.PLAN)
+    assert untouched(site)
 
 
 @pytest.mark.parametrize("number", [0, -1, "1", 1.0])
@@ -378,9 +411,9 @@ def test_a_request_of_another_protocol_is_refused(
     make_site: MakeSite, plan: Plan, number: object
 ) -> None:
     site = make_site()
-    assert_says_only(site.answer(request(plan, number, initial(site, plan))), 0, Status.REFUSED)
+    assert_says_only(site.answer(request(plan, number, initial(site, plan))), 0, Status.MESSAGE)
     message = request(plan, 1, initial(site, plan), extra=True)
-    assert_says_only(site.answer(message), 0, Status.REFUSED)
+    assert_says_only(site.answer(message), 0, Status.MESSAGE)
 
 
 def update(site: Site, plan: Plan, number: int = 1) -> torch.Tensor:
@@ -424,9 +457,9 @@ def test_heads_and_rounds_outlive_the_process(make_site: MakeSite, plan: Plan) -
         update(whole, plan, number)
     update(halves, plan, 1)
     restarted = make_site("halves")
-    kept = restarted.trained_head(plan)
-    assert torch.equal(kept.linear.weight, halves.trained_head(plan).linear.weight)
-    assert kept.linear.weight.any()
+    head = restarted.trained_head(plan)
+    assert torch.equal(head.linear.weight, halves.trained_head(plan).linear.weight)
+    assert head.linear.weight.any()
     update(restarted, plan, 2)
     last = update(make_site("halves"), plan, 3)
     assert torch.equal(last, update(whole, plan, 3))  # `whole` sends its stored reply
@@ -447,9 +480,8 @@ def test_sites_that_share_a_runtime_do_not_share_heads(make_site: MakeSite, plan
 def test_the_refitted_head_is_sealed_and_takes_no_part_in_rounds(
     make_site: MakeSite, plan: Plan
 ) -> None:
-    site, other = make_site("one"), make_site("two")
+    site = make_site()
     update(site, plan, 1)
-    update(other, plan, 1)
     before = site.trained_head(plan).linear.weight.clone()
     head = site.refit(plan, initial(site, plan))
     assert not torch.equal(head.linear.weight, before)
@@ -457,7 +489,11 @@ def test_the_refitted_head_is_sealed_and_takes_no_part_in_rounds(
     sealed = load_sealed(site.store.directory / plan.hash / "sealed.safetensors")
     assert sealed.classes == ("a", "b")
     assert torch.equal(sealed.head.linear.weight, head.linear.weight)
-    assert torch.equal(update(site, plan, 2), update(other, plan, 2))
+    for again in (site, make_site()):
+        for number in (1, 2):
+            reply = again.answer(request(plan, number, initial(site, plan)))
+            assert_says_only(reply, number, Status.SEALED)
+    assert "never takes part again" in str(again.last_error)
 
 
 def test_records_are_checked_when_a_site_is_made(runtime: Runtime, tmp_path: Path) -> None:
@@ -472,3 +508,135 @@ def test_what_is_cached_is_computed_once(make_site: MakeSite, plan: Plan) -> Non
     assert site.cached(bench) is site.cached(bench)
     other = site.runtime.workbench(plan.replace({"seed": 5}))
     assert site.cached(other) is not site.cached(bench)
+
+
+def test_the_ledger_says_what_a_round_cost(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site(simulated=False)
+    update(site, plan, 1)
+    step = site.step(plan)
+    assert step.event is not None
+    reservation = site.store.ledger.entries()[1]
+    assert reservation.body == {
+        "run": plan.name, "plan": plan.hash, "round": 1, "purpose": "train",
+        "mechanism": "local", "unit": "record", "shares": 1, "colluders": 0,
+        "sample_rate": 0.5, "noise_multiplier": step.event.noise_multiplier,
+        "steps": plan.training.local_steps,
+    }  # fmt: skip
+    text = repr([entry.document() for entry in site.store.ledger.entries()])
+    assert "north" not in text
+
+
+def test_it_is_reserved_before_the_first_gradient(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(simulated=False)
+    seen: list[tuple[int, object]] = []
+
+    def look(*arguments: Any, **options: Any) -> Tensors:
+        seen.append((sum(e.steps for e in site.store.ledger.spent()), kept(site, plan)))
+        result = train_round(*arguments, **options)
+        seen.append((sum(e.steps for e in site.store.ledger.spent()), kept(site, plan)))
+        return result
+
+    monkeypatch.setattr(site_module, "train_round", look)
+    update(site, plan, 1)
+    assert seen == [(1, None), (1, None)]
+    assert kept(site, plan) is not None
+
+
+def test_a_round_that_breaks_after_sampling_stays_spent(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(simulated=False)
+
+    def fail(*arguments: Any, **options: Any) -> Tensors:
+        train_round(*arguments, **options)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, "train_round", fail)
+        assert status(site.answer(request(plan, 1, initial(site, plan)))) == Status.FAILED
+    assert sum(e.steps for e in site.store.ledger.spent()) == 1
+    update(site, plan, 1)
+    assert sum(e.steps for e in site.store.ledger.spent()) == 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected", "words"),
+    [
+        ({"maximum_epsilon": 2.0}, Status.POLICY, "policy.maximum_epsilon"),
+        ({"adapters": ("film",)}, Status.POLICY, "policy.adapters"),
+        ({"approval": "manual"}, Status.APPROVAL, "fedgraft site approve"),
+        ({"hours": "20:00-06:00"}, Status.HOURS, "policy.hours"),
+    ],
+)
+def test_the_policy_is_asked_first(
+    make_site: MakeSite, plan: Plan, rules: dict[str, Any], expected: Status, words: str
+) -> None:
+    site = make_site(simulated=False, **rules)
+    site._clock = lambda: datetime(2026, 11, 24, 12, 0)
+    assert_says_only(site.answer(request(plan, 1, initial(site, plan))), 1, expected)
+    assert words in str(site.last_error)
+    assert untouched(site)
+
+
+def test_an_approved_plan_is_answered(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site(simulated=False, approval="manual")
+    message = request(plan, 1, initial(site, plan))
+    assert status(site.answer(message)) == Status.APPROVAL
+    waiting = site.store.directory / "plans" / f"{plan.hash}.json"
+    waiting.with_suffix(".approved").touch()
+    assert status(site.answer(message)) == Status.OK
+    changed = plan.replace({"training.learning_rate": 2.0})
+    message = request(changed, 2, initial(site, changed))
+    assert status(site.answer(message)) == Status.APPROVAL
+
+
+def test_a_run_the_budget_does_not_pay_is_refused_before_it_starts(
+    make_site: MakeSite, plan: Plan
+) -> None:
+    used = plan.replace({"name": "earlier"})
+    site = make_site(simulated=False)
+    update(site, used, 1)
+    reply = site.answer(request(plan, 1, initial(site, plan)))
+    assert_says_only(reply, 1, Status.BUDGET)
+    assert "found '3 rounds'; allowed: 2" in str(site.last_error)
+    assert sum(e.steps for e in site.store.ledger.spent()) == 1
+
+
+def test_a_site_leaves_in_order(make_site: MakeSite, plan: Plan) -> None:
+    used = plan.replace({"name": "earlier"})
+    site = make_site(simulated=False, partial_runs=True)
+    update(site, used, 1)
+    update(site, plan, 1)
+    second = update(site, plan, 2)
+    before = site.store.ledger.spent()
+    reply = site.answer(request(plan, 3, initial(site, plan)))
+    assert_says_only(reply, 3, Status.RETIRED)
+    assert site.store.ledger.spent() == before
+    assert torch.equal(update(site, plan, 2), second)  # what it has paid for may still leave
+    site.refit(plan, initial(site, plan))
+
+
+def test_what_the_ledger_did_not_commit_does_not_leave(
+    make_site: MakeSite, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(simulated=False)
+
+    def another(record: Tensors) -> ArrayRecord:
+        return to_record({name: tensor + 1 for name, tensor in record.items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, "to_record", another)
+        assert_says_only(site.answer(request(plan, 1, initial(site, plan))), 1, Status.FAILED)
+    assert isinstance(site.last_error, EgressError)
+    update(site, plan, 1)
+
+
+def test_what_a_plan_would_cost(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site(simulated=False)
+    found = site.cost(plan)
+    assert (found.before, found.rounds, found.asked) == (0.0, 3, 3)
+    assert 7.9 < found.run <= 8
+    update(site, plan, 1)
+    assert 0 < site.cost(plan).before < found.run

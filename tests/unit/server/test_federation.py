@@ -307,7 +307,7 @@ def test_a_site_that_drops_out_is_left_out_of_the_mean(plan: Plan, tmp_path: Pat
 
     def partly(message: Message, site: int) -> Message:
         if site == 2:
-            return write_reply(message, 1, Status.REFUSED)
+            return write_reply(message, 1, Status.POLICY)
         reply = echo(message, site)
         updates.append(from_record(reply.content.array_records[ADAPTER], schema))
         return reply

@@ -41,7 +41,7 @@ def make_site(directory: Path, runtime: Runtime | None = None) -> Site:
     generator = torch.Generator().manual_seed(0)
     records = Records(torch.rand(12, 1, 16, 16, generator=generator), torch.arange(12) % 2)
     config = SiteConfig("north", ("a", "b"), 12, simulated=True)
-    return Site(config, records, runtime or Runtime("cpu"), SiteStore(directory))
+    return Site(config, records, runtime or Runtime("cpu"), SiteStore(directory, durable=False))
 
 
 def dp_round(site: Site, plan: Plan, number: int = 1) -> Tensors:

@@ -1,0 +1,89 @@
+"""From a site file to a Site that can answer: records read and checked, ledger opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedgraft_client.data import Records, load_arrays, to_images
+from fedgraft_client.ledger import Ledger
+from fedgraft_client.runtime import Runtime
+from fedgraft_client.site import Site, SiteConfig
+from fedgraft_client.site_file import SiteFile, load_site_file
+from fedgraft_client.store import SiteStore
+from fedgraft_common.errors import DataError
+
+
+def open_site(path: Path) -> Site:
+    """The site that a site file describes, with real randomness and its own ledger.
+
+    Close its store when done: `site.store.close()`.
+
+    Raises:
+        PolicyError: the site file is wrong.
+        DataError: the records cannot be used.
+        LedgerError: the ledger is in use, damaged, or was rolled back.
+    """
+    file, base = load_site_file(path), path.parent
+    records = load_records(base / file.data.source, file.data.unit)
+    store = open_store(file, base)
+    try:
+        runtime = Runtime(file.device, file.physical_batch)
+        config = SiteConfig(file.name, file.classes, file.data.nominal_size)
+        return Site(config, records, runtime, store, file.policy)
+    except BaseException:
+        store.close()
+        raise
+
+
+def open_store(file: SiteFile, base: Path) -> SiteStore:
+    """The ledger and the heads of a site's data set.
+
+    Raises:
+        LedgerError: in use, damaged, or rolled back.
+    """
+    return SiteStore(
+        file.store_directory(base),
+        dataset=file.data.name,
+        unit=file.data.unit,
+        witness=file.witness_file(base),
+    )
+
+
+def recover_ledger(file: SiteFile, base: Path) -> Ledger:
+    """Accepts an old ledger and charges what its witness knows to be missing.
+
+    Raises:
+        LedgerError: in use, or damaged beyond that.
+    """
+    return Ledger(
+        file.store_directory(base),
+        file.data.name,
+        file.data.unit,
+        file.witness_file(base),
+        recover=True,
+    )
+
+
+def load_records(path: Path, unit: str = "record") -> Records:
+    """Reads a site's records.
+
+    Args:
+        path: npz file with arrays `images`, `labels` and, for a unit that is a column, that one.
+        unit: what the promise protects.
+
+    Raises:
+        DataError: the file, or an array of it, cannot be read.
+    """
+    names = ("images", "labels") if unit == "record" else ("images", "labels", unit)
+    arrays = load_arrays(path, names)
+    labels = arrays["labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: labels", f"{labels.dtype}{labels.shape}", "one class number per record",
+            "Write an integer for each image, in the order of `classes`.",
+        )  # fmt: skip
+    images = to_images(arrays["images"], path)
+    return Records(images, torch.from_numpy(labels.astype(np.int64)))

@@ -1,0 +1,107 @@
+"""The site's own rules, each broken once, and the hours."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedgraft_client.policy import Policy, check_hours, check_plan
+from fedgraft_common.accounting import SamplingEvent
+from fedgraft_common.errors import HoursError, PolicyError
+from fedgraft_common.mechanism import StepNoise
+from fedgraft_common.plan import Plan
+
+PINNED = "ab" * 32
+STEP = StepNoise(0.5, 1.0, 2.0, 2.0, SamplingEvent(0.5, 2.0, 60))
+
+
+def plan(**changes: Any) -> Plan:
+    return Plan().replace({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_a_modest_plan_passes() -> None:
+    check_plan(Policy(), plan(), "record", STEP)
+    check_plan(Policy(), plan(privacy__epsilon=0.5, privacy__delta=1e-9), "record", STEP)
+    strict = Policy(
+        maximum_epsilon=1, backbones=(PINNED,), adapters=("film",), tasks=("lung-?", "heart*")
+    )
+    asked = plan(
+        privacy__epsilon=1, backbone__sha256=PINNED, adapter__method="film", name="heart-attack"
+    )
+    check_plan(strict, asked, "record", STEP)
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "words"),
+    [
+        ({}, {"privacy__epsilon": 8.1}, "privacy.epsilon: found 8.1; allowed: at most 8"),
+        ({"maximum_run_epsilon": 2}, {"privacy__epsilon": 3}, "policy.maximum_run_epsilon"),
+        ({}, {"privacy__delta": 1e-4}, "privacy.delta: found 0.0001; allowed: at most 1e-05"),
+        ({"minimum_noise_multiplier": 2.5}, {}, "noise multiplier: found 2.0"),
+        ({"adapters": ("film",)}, {}, "adapter.method: found 'ffa-lora'; allowed: film"),
+        ({"tasks": ("lung*",)}, {}, "name: found 'digits'; allowed: lung"),
+        ({"backbones": (PINNED,)}, {}, "backbone.sha256: found 'none'"),
+        ({"backbones": (PINNED,)}, {"backbone__sha256": "cd" * 32}, "allowed: abab"),
+        ({}, {"backbone__source": "dir:model"}, "the SHA-256 of the weights"),
+        ({}, {"privacy__mechanism": "none"}, "privacy.mechanism: found 'none'; allowed: local"),
+    ],
+)
+def test_every_rule_can_be_broken(
+    rules: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PolicyError) as caught:
+        check_plan(Policy(**rules), plan(**changes), "record", STEP)
+    assert words in str(caught.value)
+    assert "Ask the coordinator" in str(caught.value)
+
+
+def test_a_plan_for_another_unit_is_refused() -> None:
+    with pytest.raises(PolicyError, match="patient_id, what this site protects"):
+        check_plan(Policy(), plan(), "patient_id", STEP)
+
+
+@pytest.mark.parametrize(
+    ("hours", "clock", "open_"),
+    [
+        ("20:00-06:00", "19:59", False),
+        ("20:00-06:00", "20:00", True),
+        ("20:00-06:00", "00:00", True),
+        ("20:00-06:00", "05:59", True),
+        ("20:00-06:00", "06:00", False),
+        ("08:00-17:30", "08:00", True),
+        ("08:00-17:30", "17:29", True),
+        ("08:00-17:30", "17:30", False),
+        ("08:00-17:30", "03:00", False),
+        (None, "03:00", True),
+    ],
+)
+def test_hours(hours: str | None, clock: str, open_: bool) -> None:
+    now = datetime.fromisoformat(f"2026-11-24T{clock}")
+    if open_:
+        check_hours(Policy(hours=hours), now)
+    else:
+        with pytest.raises(HoursError, match=f"found '{clock}'; allowed: {hours}"):
+            check_hours(Policy(hours=hours), now)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"hours": "20-6"},
+        {"hours": "08:00-08:00"},
+        {"hours": "25:00-06:00"},
+        {"backbones": ("abc",)},
+        {"maximum_epsilon": 0},
+        {"maximum_epsilon": float("inf")},
+        {"maximum_delta": 1},
+        {"approval": "sometimes"},
+        {"mechanisms": ("none",)},
+        {"maximum_epsilonn": 3},
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(rules: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Policy(**rules)
