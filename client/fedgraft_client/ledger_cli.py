@@ -40,7 +40,9 @@ def verify(
             typer.echo(f"fault      {fault}")
         typer.echo(f"pending    {found.reserved} reservations without a commit, counted as spent")
         typer.echo(f"epsilon    {found.epsilon:.4f} at delta {delta:g} (PLD, decides)")
-        typer.echo(f"           {found.second:.4f} (PRV, independent; may differ by 0.011)")
+        typer.echo(
+            f"           {found.second:.4f} (PRV, independent; may differ by {found.tolerance:g})"
+        )
     if found.faults:
         raise typer.Exit(1)
 

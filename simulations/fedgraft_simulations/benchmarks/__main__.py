@@ -28,6 +28,7 @@ class Name(StrEnum):
     ROUND_OVERHEAD = "round_overhead"
     PREFIX_CACHE = "prefix_cache"
     THOUSAND_SITES = "thousand_sites"
+    LONG_LEDGER = "long_ledger"
     DIGITS_VIT = "digits_vit"
 
 

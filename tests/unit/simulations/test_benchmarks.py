@@ -157,3 +157,14 @@ def test_both_sides_of_the_digits_job_see_the_same_records_and_settings(
     assert plan.training.schedule == "constant"
     assert plan.privacy.clipping_norm == task.clipping_norm
     assert plan.training.learning_rate == task.learning_rate
+
+
+def test_a_short_ledger_is_timed() -> None:
+    from fedgraft_simulations.benchmarks import long_ledger
+
+    report = long_ledger.measure(repetitions=3, events=60)
+    assert set(report.figures) == {
+        "open and check (s)", "first dry run (s)", "warm dry run (ms)",
+        "reservation on the disk (ms)", "verify with two accountants (s)",
+    }  # fmt: skip
+    assert all(value > 0 for value in report.figures.values())
