@@ -105,7 +105,7 @@ class Ledger:
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
         self._lock = FileLock(directory / "ledger.lock")
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if durable:
             self._take_lock()
         try:
