@@ -26,6 +26,7 @@ from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.store import SiteStore
 from fedgraft_client.training import train_round
+from fedgraft_client.units import unit_index
 from fedgraft_common.errors import MessageError, PlanError, PrivacyError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
@@ -128,6 +129,7 @@ class Site:
         Raises:
             PrivacyError: the plan cannot be met here.
         """
+        unit_index(plan, self.records.units, self.config.name)  # refuses a column it lacks
         return step_noise(plan, self.config.nominal_size, self.config.name)
 
     def _round(
@@ -163,6 +165,7 @@ class Site:
             step,
             noise,
             self.runtime.physical_batch,
+            self.records.units,
         )
         self.store.save_round(plan, number, head, update)
         return update
