@@ -23,10 +23,18 @@ class Records:
     Attributes:
         images: (N, C, H, W) float32 in [0, 1].
         labels: (N,) int64, indices into the site's classes.
+        units: (N,) int64, the unit of each record, numbered from 0 at this site with no number
+            left out (`number_units`); None if every record is a unit of its own.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    units: torch.Tensor | None = None
+
+    @property
+    def unit_count(self) -> int:
+        """U, how many units the records belong to."""
+        return len(self) if self.units is None else len(self.units.unique())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,7 +45,7 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
 
     Raises:
         DataError: no records, a value that is not finite or outside [0, 1], a label outside the
-            site's classes, or fewer than two classes.
+            site's classes, fewer than two classes, or units that are not numbered 0 to U-1.
     """
     where = f"site {site}"
     if len(classes) < 2:
@@ -91,6 +99,51 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             f"{where}: labels", int(records.labels[outside][0]),
             f"0 to {len(classes) - 1} ({', '.join(classes)})", "Correct the label map.",
         )  # fmt: skip
+    _check_units(records, where)
+
+
+def _check_units(records: Records, where: str) -> None:
+    units = records.units
+    if units is None:
+        return
+    if units.dtype != torch.int64 or units.shape != records.labels.shape:
+        raise DataError(
+            f"{where}: units", f"{units.dtype}{tuple(units.shape)}",
+            f"{len(records)} int64 unit numbers, one for each record",
+            "Number the column with number_units.",
+        )  # fmt: skip
+    numbers = units.unique()  # sorted
+    if not torch.equal(numbers, torch.arange(len(numbers))):
+        raise DataError(
+            f"{where}: units", f"numbers from {int(numbers[0])} to {int(numbers[-1])}",
+            f"0 to {len(numbers) - 1}, for there are {len(numbers)} units",
+            "A number without records would be sampled for nothing; number the column with "
+            "number_units.",
+        )  # fmt: skip
+
+
+def number_units(column: np.ndarray[Any, Any], where: str) -> torch.Tensor:
+    """Numbers the units of a column: (N,) int64 from 0, equal values get equal numbers.
+
+    Args:
+        column: (N,) strings or integers, one identifier for each record.
+        where: file and column, for the error.
+
+    Raises:
+        DataError: another shape or type, or an empty identifier.
+    """
+    if column.ndim != 1 or column.dtype.kind not in "iuUS":
+        raise DataError(
+            where, f"{column.dtype}{column.shape}", "one string or integer for each record",
+            "Write the identifiers as a flat array of strings or integers.",
+        )  # fmt: skip
+    values, numbers = np.unique(column, return_inverse=True)
+    if column.dtype.kind in "US" and len(values) and not values[0]:
+        raise DataError(
+            where, "an empty identifier", "an identifier for every record",
+            "Fill it in, or leave the record out: whom it belongs to decides what is protected.",
+        )  # fmt: skip
+    return torch.from_numpy(numbers.astype(np.int64))
 
 
 def load_images(path: Path) -> torch.Tensor:

@@ -1,19 +1,23 @@
 """One step of DP-SGD over the joint vector of adapter and head (Abadi et al. 2016, algorithm 1).
 
-Formal guarantee: one `noisy_sum` is a Poisson-subsampled Gaussian mechanism with sample rate q
-and noise multiplier sigma, for adding or removing one unit. Each unit's gradient of adapter and
-head together is clipped to L2 norm C, so the joint sum has sensitivity C; independent Gaussian
-noise is added to every coordinate. Two standard deviations are allowed because the distributed
-mechanism adds only a share of the adapter's noise at each site (PRIVACY.md, "Two mechanisms").
-The denominator is a public constant of the plan and is applied by the caller.
+Formal guarantee: one `noisy_sum` of a batch whose units were sampled by Poisson with rate q is a
+Poisson-subsampled Gaussian mechanism with noise multiplier sigma, for adding or removing one unit
+(proof: `deploy/decisions/0004-sensitivity-and-neighbours.md`). A unit is a record, or all records
+that share a value of a column; its gradient is then the average over the records chosen for it.
+Each unit's gradient of adapter and head together is clipped to L2 norm C, so the joint sum has
+sensitivity C, whatever the number of records; independent Gaussian noise is added to every
+coordinate. Two standard deviations are allowed because the distributed mechanism adds only a
+share of the adapter's noise at each site (PRIVACY.md, "Two mechanisms"). The denominator is a
+public constant of the plan and is applied by the caller.
 
-Edge cases: an empty batch releases pure noise. A gradient of zero is left as it is. An infinite C
-and a noise of zero are the mechanism `none`, which promises nothing.
+Edge cases: an empty batch releases pure noise. A gradient of zero is left as it is. A record whose
+gradient is not finite counts as one of its unit with a gradient of zero. An infinite C and a noise
+of zero are the mechanism `none`, which promises nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from opacus.optimizers import DPOptimizer
 from fedgraft_client.gradients import Engine
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.units import pack
 
 
 class JointOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -62,7 +67,12 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
                 parameter.grad = total.to(parameter.dtype)
 
     def noisy_sum(
-        self, engine: Engine, cached: Cached, labels: torch.Tensor, physical_batch: int
+        self,
+        engine: Engine,
+        cached: Cached,
+        labels: torch.Tensor,
+        physical_batch: int,
+        sizes: torch.Tensor | None = None,
     ) -> None:
         """Clips, sums and noises the gradients of one Poisson batch into each `grad`.
 
@@ -72,22 +82,26 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
             labels: (N,) int64.
             physical_batch: records whose gradients are held in memory at once; it changes
                 neither the sum nor the noise.
+            sizes: (B,) int64 on the CPU, how many consecutive records each unit has, at least 1
+                and N together; None if every record is a unit. No unit is split over two physical
+                batches, so one with more records than `physical_batch` makes a larger one.
         """
         self.zero_grad(set_to_none=True)
         self._clear(("grad_sample", "summed_grad"))
-        for start in range(0, len(labels), physical_batch):
-            part = slice(start, start + physical_batch)
+        for part, units in _parts(len(labels), physical_batch, sizes):
             engine(tuple(tensor[part] for tensor in cached), labels[part])
             self._contain()
+            if units is not None:
+                self._average(units)
             self.clip_and_accumulate()
             self._clear(("grad_sample",))
         self.add_noise()
         self._clear(("summed_grad",))
 
     def _contain(self) -> None:
-        """Float32, and zeros for a record whose gradient is not finite.
+        """Float32, and zeros for a row (a record, or a unit's average) that is not finite.
 
-        Both act on each record alone, so its share of the sum stays within C. NaN times a
+        Both act on each row alone, so a unit's share of the sum stays within C. NaN times a
         clipping factor is NaN: a server that sends an adapter near overflow would learn from it
         whether a record that overflows was in the batch.
         """
@@ -98,7 +112,39 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
             mask = keep.view(-1, *[1] * (sample.dim() - 1))
             parameter.grad_sample = torch.where(mask, sample, 0.0)
 
+    def _average(self, sizes: torch.Tensor) -> None:
+        """Replaces the records' gradients by the average over each unit's records.
+
+        Divides before it adds: the sum of two finite records could overflow where their average
+        does not. What rounding could still push over the edge is contained again.
+        """
+        if int(sizes.max()) == 1:
+            return
+        unit = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        for parameter in self.params:
+            sample = parameter.grad_sample
+            where = unit.to(sample.device)
+            share = sizes.to(sample)[where].view(-1, *[1] * (sample.dim() - 1))
+            total = sample.new_zeros(len(sizes), *sample.shape[1:])
+            parameter.grad_sample = total.index_add_(0, where, sample / share)
+        self._contain()
+
     def _clear(self, names: Iterable[str]) -> None:
         for parameter in self.params:
             for name in names:
                 setattr(parameter, name, None)
+
+
+def _parts(
+    records: int, physical_batch: int, sizes: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """The physical batches of a batch: which records, and the sizes of the units they are."""
+    if sizes is None:
+        for start in range(0, records, physical_batch):
+            yield slice(start, start + physical_batch), None
+        return
+    start = 0
+    for units in sizes.split(pack(sizes, physical_batch)):
+        stop = start + int(units.sum())
+        yield slice(start, stop), units
+        start = stop

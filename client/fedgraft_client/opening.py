@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedgraft_client.data import Records, load_arrays, to_images
+from fedgraft_client.data import Records, load_arrays, number_units, to_images
 from fedgraft_client.ledger import Ledger
 from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
@@ -86,4 +86,5 @@ def load_records(path: Path, unit: str = "record") -> Records:
             "Write an integer for each image, in the order of `classes`.",
         )  # fmt: skip
     images = to_images(arrays["images"], path)
-    return Records(images, torch.from_numpy(labels.astype(np.int64)))
+    units = None if unit == "record" else number_units(arrays[unit], f"{path}: {unit}")
+    return Records(images, torch.from_numpy(labels.astype(np.int64)), units)

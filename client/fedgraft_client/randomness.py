@@ -138,6 +138,33 @@ class NoiseSource:
             )
         return np.flatnonzero(self._fresh_generator().random(size) < rate)
 
+    def choose(self, groups: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        """Sorted positions of at most `most` members of each group, chosen uniformly.
+
+        Guarantee: within a group of n > `most` members every subset of `most` is equally likely
+        (without replacement, by sorting random keys of 53 bits; a tie goes to the earlier
+        position), and groups are independent of each other. A group of at most `most` members is
+        taken whole.
+
+        Args:
+            groups: (n,) the group that each position belongs to.
+            most: members to take from a group.
+
+        Raises:
+            PrivacyError: most is below 1; or this is a forked copy of a simulated source.
+        """
+        if most < 1:
+            raise PrivacyError(
+                field="most",
+                value=most,
+                allowed="a whole number of at least 1",
+                action="Set privacy.records_per_unit to the records a unit may use in one step.",
+            )
+        order = np.lexsort((self._fresh_generator().random(len(groups)), groups))
+        ordered = groups[order]
+        first = np.searchsorted(ordered, ordered)  # where each one's group begins
+        return np.sort(order[np.arange(len(groups)) - first < most])
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a NoiseSource must not be copied or pickled: both would draw equal noise")
 

@@ -33,6 +33,7 @@ from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.store import SiteStore
 from fedgraft_client.training import train_round
+from fedgraft_client.units import unit_index
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.errors import (
     ApprovalError,
@@ -227,6 +228,7 @@ class Site:
         Raises:
             PrivacyError: the plan cannot be met here.
         """
+        unit_index(plan, self.records.units, self.config.name)  # refuses a column it lacks
         return step_noise(plan, self.config.nominal_size, self.config.name)
 
     def _round(
@@ -256,7 +258,7 @@ class Site:
         try:
             update = train_round(
                 bench, plan, number, adapter, head, cached, labels, step, noise,
-                self.runtime.physical_batch,
+                self.runtime.physical_batch, self.records.units,
             )  # fmt: skip
         except BaseException:
             if reservation is not None and noise.untouched:  # no batch was ever drawn
@@ -283,7 +285,7 @@ class Site:
                 round=number,
                 purpose="train",
                 mechanism=plan.privacy.mechanism,
-                unit=ledger.unit,
+                unit=plan.privacy.unit,
                 event=event,
                 shares=plan.noise_shares if plan.privacy.mechanism == "distributed" else 1,
                 colluders=plan.privacy.tolerated_colluders,

@@ -1,5 +1,8 @@
 """A site's part of one round: DP-SGD on its own records, with either mechanism.
 
+Each step samples units by Poisson (records, or the values of the plan's column, of which at most
+`privacy.records_per_unit` records are used) and is one `JointOptimizer.noisy_sum`.
+
 Shapes: N records of the site, first dimension of every cached tensor.
 """
 
@@ -12,6 +15,7 @@ from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Workbench
+from fedgraft_client.units import Batch, unit_index
 from fedgraft_common.mechanism import StepNoise
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
@@ -28,6 +32,7 @@ def train_round(
     step: StepNoise,
     noise: NoiseSource,
     physical_batch: int,
+    units: torch.Tensor | None = None,
 ) -> Tensors:
     """Takes the round's steps; `head` is trained in place if the plan trains it.
 
@@ -44,11 +49,17 @@ def train_round(
         step: sample rate, clipping norm and noise.
         noise: randomness of sampling and noise.
         physical_batch: records whose gradients are held in memory at once.
+        units: (N,) int64, the unit of each record (`Records.units`); needed if the plan protects
+            a column, ignored if it protects records.
 
     Returns:
         local and none: the adapter after the steps. distributed: the site's noisy sum of adapter
         gradients, which is private only as a part of the sum over sites.
+
+    Raises:
+        PrivacyError: the plan protects a column and `units` is None; nothing was drawn.
     """
+    index = unit_index(plan, units, "here")
     model, engine = bench.trainer(head)
     bench.adapted.load(adapter)
     scale = plan.step_scale(number) / plan.training.expected_batch
@@ -69,9 +80,13 @@ def train_round(
     joint = JointOptimizer(optimizer, step.clipping_norm, noise)
     gradient_sum: Tensors = {}
     for _ in range(plan.training.local_steps):
-        batch = torch.from_numpy(noise.poisson_sample(len(labels), step.sample_rate))
-        chosen = tuple(tensor[batch].to(bench.device) for tensor in cached)
-        joint.noisy_sum(engine, chosen, labels[batch].to(bench.device), physical_batch)
+        if index is None:
+            batch = Batch(torch.from_numpy(noise.poisson_sample(len(labels), step.sample_rate)))
+        else:
+            batch = index.sample(noise, step.sample_rate, plan.privacy.records_per_unit)
+        chosen = tuple(tensor[batch.records].to(bench.device) for tensor in cached)
+        answers = labels[batch.records].to(bench.device)
+        joint.noisy_sum(engine, chosen, answers, physical_batch, batch.sizes)
         if distributed:  # the adapter takes its step at the server, from the sum over sites
             for name, parameter in bench.adapted.adapter.items():
                 assert parameter.grad is not None  # noqa: S101 - noisy_sum sets it

@@ -12,7 +12,11 @@ stays within (epsilon, delta):
                   joint contribution of norm at most C passes one Gaussian mechanism. q must be the
                   same everywhere: shares add up to sigma * C only if all sites agree on sigma.
 
-What is public: C, q, T, sigma, h, the nominal size a site declares. Source: PRIVACY.md.
+A unit is a record, or all records of the site that share a value of `privacy.unit`; units are what
+is sampled, clipped and counted, so none of the above depends on how many records a unit has.
+
+What is public: C, q, T, sigma, h, the unit, the cap on its records in a step, the nominal size a
+site declares. Sources: PRIVACY.md; proofs in `deploy/decisions/0004-sensitivity-and-neighbours.md`.
 """
 
 from __future__ import annotations
@@ -68,12 +72,12 @@ def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
     if nominal_size < 1:
         raise PrivacyError(
             f"site {site}: nominal size", nominal_size, "a whole number of at least 1",
-            "Declare in public roughly how many records the site has.",
+            "Declare in public roughly how many units (privacy.unit) the site has.",
         )  # fmt: skip
     if plan.privacy.mechanism != "none" and plan.privacy.delta >= 1 / nominal_size:
         raise PrivacyError(
             "privacy.delta", plan.privacy.delta,
-            f"less than 1/{nominal_size}, one over the records that site {site} declares",
+            f"less than 1/{nominal_size}, one over the units that site {site} declares",
             "Choose a smaller delta.",
         )  # fmt: skip
     if plan.training.sample_rate is not None:
@@ -82,7 +86,7 @@ def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
     if rate > 1:
         raise PrivacyError(
             "training.expected_batch", plan.training.expected_batch,
-            f"at most {nominal_size}, the records that site {site} declares (the sample rate "
+            f"at most {nominal_size}, the units that site {site} declares (the sample rate "
             "expected_batch / nominal size is a probability)",
             "Lower expected_batch, set training.sample_rate, or leave the site out.",
         )  # fmt: skip

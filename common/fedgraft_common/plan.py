@@ -109,7 +109,7 @@ class Training(Section):
     expected_batch: float = Field(
         default=45.0,
         gt=0,
-        description="Expected Poisson batch B in units (records). Also the fixed, public "
+        description="Expected Poisson batch B in units (privacy.unit). Also the fixed, public "
         "denominator of a site's gradient sum at the server.",
     )
     sample_rate: float | None = Field(
@@ -150,7 +150,20 @@ class Privacy(Section):
     clipping_norm: float = Field(
         default=1.0, gt=0, description="C: L2 bound of one unit's joint adapter and head gradient."
     )
-    unit: Literal["record"] = Field(default="record", description="What DP protects.")
+    unit: str = Field(
+        default="record",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="What DP protects: one `record`, or all records of a site that share a value "
+        "of a named column, e.g. `patient_id`. The expected batch, nominal sizes and 1/delta then "
+        "count these units.",
+    )
+    records_per_unit: int = Field(
+        default=8,
+        ge=1,
+        description="Records of one unit used in one step at most, chosen afresh each time; the "
+        "unit's gradient is their average. It does not change epsilon. Without a column it has no "
+        "meaning.",
+    )
     tolerated_dropouts: int = Field(
         default=0, ge=0, description="Sites that may be missing from a distributed step."
     )

@@ -1,5 +1,8 @@
 """Which records a simulated site holds: a real data source, spread by a flwr-datasets partitioner.
 
+A unit's records at one site are either all in training or all held out. If the partitioner puts
+some at another site too, that site protects its own part of the unit by itself.
+
 Shapes: N records, C channels, H x W pixels.
 """
 
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgraft_client.data import Records, load_arrays, to_images
+from fedgraft_client.data import Records, load_arrays, number_units, to_images
 from fedgraft_common.errors import DataError, PlanError
 from fedgraft_common.plan import Plan
 
@@ -36,13 +39,22 @@ class Share:
     test: Records
 
 
-def load_source(source: str) -> Records:
+def load_source(source: str, unit: str = "record") -> Records:
     """All records of a plan's data source.
+
+    Args:
+        source: `sklearn:digits` or `npz:PATH`.
+        unit: `record`, or the array of the file that names the unit of each record.
 
     Raises:
         DataError: no such file, not an npz file, or arrays that are missing or misshapen.
     """
     if source == "sklearn:digits":
+        if unit != "record":
+            raise DataError(
+                "privacy.unit", unit, "record, for the digits of sklearn have no columns",
+                'Set privacy.unit = "record", or take a data source with this column.',
+            )  # fmt: skip
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -61,7 +73,26 @@ def load_source(source: str) -> Records:
             f"{path}: labels", "none" if len(labels) == 0 else int(labels.min()),
             "at least one record, labels from 0", "Number the classes from 0.",
         )  # fmt: skip
-    return Records(images, torch.tensor(labels.astype(np.int64)))
+    units = None if unit == "record" else _load_units(path, unit, len(images))
+    return Records(images, torch.tensor(labels.astype(np.int64)), units)
+
+
+def _load_units(path: Path, unit: str, count: int) -> torch.Tensor:
+    try:
+        column = load_arrays(path, (unit,))[unit]
+    except DataError:
+        raise DataError(
+            f"{path}: {unit}", "no such array",
+            f"{count} strings or integers, for privacy.unit names this column",
+            'Write it with numpy.savez(path, images=..., ...), or set privacy.unit = "record".',
+        ) from None  # fmt: skip
+    units = number_units(column, f"{path}: {unit}")
+    if len(units) != count:
+        raise DataError(
+            f"{path}: {unit}", f"{len(units)} identifiers", f"{count}, one for each image",
+            "Write one identifier for each image.",
+        )  # fmt: skip
+    return units
 
 
 def partition(plan: Plan) -> list[Share]:
@@ -71,7 +102,7 @@ def partition(plan: Plan) -> list[Share]:
         PlanError: no such partitioner, or options it does not take.
         DataError: the data source cannot be read, or a site is left without records.
     """
-    records = load_source(plan.data.source)
+    records = load_source(plan.data.source, plan.privacy.unit)
     names = tuple(str(value) for value in records.labels.unique().tolist())
     shares = []
     for site, indices in enumerate(_indices(plan, records.labels)):
@@ -109,21 +140,31 @@ def _share(
     for number, group in enumerate(groups):
         new_label[list(group)] = number
     mine = indices[new_label[records.labels[indices]] >= 0]
-    if len(mine) < 2:
+    units = torch.arange(len(mine)) if records.units is None else _numbered(records.units[mine])
+    count = int(units.max()) + 1 if len(units) else 0
+    if count < 2:
+        what = "records" if records.units is None else f"values of {plan.privacy.unit}"
         raise DataError(
-            f"site {name}: records", len(mine), "at least two, one to train and one to test",
+            f"site {name}: {what}", count, "at least two, one to train and one to test",
             "Use fewer sites, or partitioner options that give every site records.",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(plan.seed)
-    mine = mine[torch.randperm(len(mine), generator=generator)]
-    held_out = min(max(1, round(len(mine) * plan.data.test_fraction)), len(mine) - 1)
-    test, train = mine[:held_out], mine[held_out:]
-    return Share(
-        name,
-        classes,
-        Records(records.images[train], new_label[records.labels[train]]),
-        Records(records.images[test], new_label[records.labels[test]]),
-    )
+    place = torch.randperm(count, generator=generator).argsort()[units]  # one place for a unit
+    held_out = min(max(1, round(count * plan.data.test_fraction)), count - 1)
+    mine, place = mine[place.argsort(stable=True)], place.sort().values
+    test, train = mine[place < held_out], mine[place >= held_out]
+
+    def held(indices: torch.Tensor) -> Records:
+        numbers = None if records.units is None else _numbered(records.units[indices])
+        return Records(records.images[indices], new_label[records.labels[indices]], numbers)
+
+    return Share(name, classes, held(train), held(test))
+
+
+def _numbered(units: torch.Tensor) -> torch.Tensor:
+    """The numbers of some records' units, made gapless again: (N,) from 0."""
+    numbers: torch.Tensor = units.unique(return_inverse=True)[1]
+    return numbers
 
 
 def _indices(plan: Plan, labels: torch.Tensor) -> list[torch.Tensor]:

@@ -50,7 +50,9 @@ class SimulatedSites:
 
     def _key(self) -> str:
         """Mechanism and rounds do not change who holds what: variants share sites."""
-        return self.plan.model_dump_json(include={"seed", "data", "sites"})
+        return self.plan.model_dump_json(
+            include={"seed": True, "data": True, "sites": True, "privacy": {"unit": True}}
+        )
 
 
 @lru_cache(maxsize=4)
@@ -60,13 +62,13 @@ def _shares(key: str) -> tuple[Share, ...]:
 
 @lru_cache(maxsize=4)
 def _sites(key: str, directory: Path, device: str) -> tuple[Site, ...]:
-    runtime = Runtime(device)
+    runtime, unit = Runtime(device), Plan.model_validate_json(key).privacy.unit
     return tuple(
         Site(
-            SiteConfig(share.name, share.classes, len(share.train), simulated=True),
+            SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True),
             share.train,
             runtime,
-            SiteStore(directory / share.name, durable=False),
+            SiteStore(directory / share.name, durable=False, unit=unit),
         )
         for share in _shares(key)
     )

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedgraft_common.plan import Plan
 from fedgraft_simulations.comparison import Row, Study, Summary
 
 SHORT_TITLES = {
@@ -125,6 +126,16 @@ def range_words(values: Range, digits: int = 3) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def unit_words(plan: Plan) -> str:
+    """What the plan protects."""
+    if plan.privacy.unit == "record":
+        return "one record"
+    return (
+        f"all records of a site that share a value of {plan.privacy.unit} (at most "
+        f"{plan.privacy.records_per_unit} of them are used in a step)"
+    )
+
+
 def _significant(value: float, digits: int) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.{digits}g}"
 
@@ -156,7 +167,7 @@ def promise(study: Study) -> list[tuple[str, str]]:
             "differentially private with respect to one unit of its data, against the server, all "
             "other sites and anyone who later holds the adapters, all of whom may see every round.",
         ),
-        ("Unit", f"one {plan.privacy.unit}"),
+        ("Unit", unit_words(plan)),
         ("Neighbouring relation", "add or remove one unit"),
         (
             "Epsilon",

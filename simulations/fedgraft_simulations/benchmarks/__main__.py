@@ -27,6 +27,7 @@ class Name(StrEnum):
 
     ROUND_OVERHEAD = "round_overhead"
     PREFIX_CACHE = "prefix_cache"
+    SECURE_NOISE = "secure_noise"
     THOUSAND_SITES = "thousand_sites"
     LONG_LEDGER = "long_ledger"
     DIGITS_VIT = "digits_vit"
@@ -62,7 +63,7 @@ def _measure(name: Name, repetitions: int | None, cache: Path | None) -> Report:
     options: dict[str, object] = {}
     if repetitions is not None and name is not Name.THOUSAND_SITES:
         options["repetitions"] = repetitions
-    if cache is not None and name in (Name.PREFIX_CACHE, Name.DIGITS_VIT):
+    if cache is not None and name in (Name.PREFIX_CACHE, Name.SECURE_NOISE, Name.DIGITS_VIT):
         options["cache"] = cache
     return measure(**options)
 

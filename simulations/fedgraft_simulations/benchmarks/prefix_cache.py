@@ -89,6 +89,7 @@ class Step:
     Attributes:
         door: where the step starts.
         parameters: what it trains; their `grad` is the last step's noisy sum.
+        noise: where its noise comes from.
     """
 
     def __init__(self, plan: Plan, device: torch.device, batch: int, whole: bool) -> None:
@@ -104,13 +105,13 @@ class Step:
         self._device = device
         self.parameters = [*bench.adapted.adapter.values(), *self._model.head.parameters()]
         self._groups = [{"params": self.parameters, "lr": 0.0, "noise_std": 1.0}]
-        self._noise = NoiseSource.for_simulation("benchmark")
+        self.noise: NoiseSource = NoiseSource.for_simulation("benchmark")
         self.run()
 
     def run(self) -> None:
         """One step."""
         optimizer = torch.optim.SGD([dict(group) for group in self._groups])
-        joint = JointOptimizer(optimizer, 1.0, self._noise)
+        joint = JointOptimizer(optimizer, 1.0, self.noise)
         joint.noisy_sum(self._engine, self._cached, self._labels, self._batch)
         optimizer.step()
         if self._device.type == "cuda":

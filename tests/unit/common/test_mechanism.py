@@ -39,7 +39,7 @@ def test_batch_larger_than_the_site() -> None:
         sample_rate(plan(), 19, "north")
     assert caught.value.field == "training.expected_batch"
     assert caught.value.value == 20.0
-    assert "at most 19, the records that site north declares" in str(caught.value)
+    assert "at most 19, the units that site north declares" in str(caught.value)
 
 
 @pytest.mark.parametrize("mechanism", ["local", "distributed"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import ViTConfig, ViTModel
 
+from fedgraft_client.randomness import NoiseSource
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.benchmarks import (
@@ -20,8 +22,10 @@ from fedgraft_simulations.benchmarks import (
     peer,
     prefix_cache,
     round_overhead,
+    secure_noise,
     thousand_sites,
 )
+from fedgraft_simulations.benchmarks.__main__ import Name
 from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way, alternate
 from fedgraft_simulations.partition import partition
 
@@ -107,6 +111,42 @@ def test_cached_and_whole_step_have_the_same_gradients(
     for here, there in zip(cached.parameters, whole.parameters, strict=True):
         assert here.grad is not None and there.grad is not None  # one step was taken
         torch.testing.assert_close(here.grad, there.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_secure_and_plain_noise_differ_in_nothing_but_the_draw(
+    vit_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same step, same parameters, noise of the same deviation on every value."""
+    monkeypatch.setattr(prefix_cache, "SIZE", 16)
+    monkeypatch.setattr(secure_noise, "glyph_vit", lambda cache, steps: vit_directory)
+    change = {"backbone.pooling": "mean"}  # the fixture was saved without a pooler
+    plan = secure_noise.lora_plan(vit_directory, "float32").replace(change)
+    monkeypatch.setattr(secure_noise, "lora_plan", lambda backbone, dtype: plan)
+    cpu = torch.device("cpu")
+    step = prefix_cache.Step(plan, cpu, batch=6, whole=False)
+    step.noise = silent = secure_noise.PlainNoise(cpu)
+    monkeypatch.setattr(silent, "gaussian", lambda shape, std: torch.zeros(shape))
+    step.run()
+    exact = [p.grad.clone() for p in step.parameters if p.grad is not None]
+    assert len(exact) == len(step.parameters)
+    for noise in (NoiseSource.for_simulation("test"), secure_noise.PlainNoise(cpu)):
+        step.noise = noise
+        step.run()
+        pairs = zip(step.parameters, exact, strict=True)
+        drawn = torch.cat([(p.grad - e).flatten() for p, e in pairs if p.grad is not None])
+        assert float(drawn.std()) == pytest.approx(1.0, abs=0.05)  # noise_std of the step
+    report = secure_noise.measure(repetitions=1, batch=6, cache=tmp_path, steps=1)
+    assert report.figures["trained values"] == drawn.numel()
+    assert 0 < report.figures["drawing it alone, % of the step"] < 100
+    (ratio,) = report.ratios
+    assert (len(ratio.slow.seconds), len(ratio.fast.seconds)) == (1, 1)
+    assert ratio.target == pytest.approx(1 / 0.95)
+
+
+def test_every_benchmark_is_in_the_list() -> None:
+    assert "secure_noise" in list(Name)
+    for name in Name:
+        assert callable(import_module(f"fedgraft_simulations.benchmarks.{name}").measure)
 
 
 def test_the_echo_site_follows_the_protocol(vit_directory: Path, tmp_path: Path) -> None:
