@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgraft_client.site import Site
-from fedgraft_common.messages import Status, write_reply
+from fedgraft_common.messages import Status, write_counts, write_reply
 
 log = logging.getLogger(__name__)
 
@@ -33,5 +33,14 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
             log.exception("there is no site for this message")
             return write_reply(message, 0, Status.FAILED)
         return site.answer(message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        try:
+            site = site_for(context)
+        except Exception:
+            log.exception("there is no site for this message")
+            return write_counts(message, 0, Status.FAILED)
+        return site.evaluate(message)
 
     return app

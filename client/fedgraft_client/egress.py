@@ -7,22 +7,29 @@ through does not leave.
     reply    adapter   the plan's tensors: names, shapes, float32, finite, exact bytes; their
                        SHA-256 is the one of the ledger's commit. Empty unless the status is ok.
              status    {round: the round asked for, status: a word of the closed list}
+    counts   {correct, total}: two finite numbers that the ledger committed, in place of the
+             adapter, in answer to a request for an evaluation
     metadata the request's own numbers, mirrored; no name, no error text, no time of the site
 """
 
 from __future__ import annotations
+
+import hashlib
 
 from flwr.app import Message, RecordDict
 
 from fedgraft_common.errors import EgressError, FedgraftError
 from fedgraft_common.messages import (
     ADAPTER,
+    COUNTS,
     ROUND,
     STATUS,
+    Counts,
     Status,
     TensorSpec,
     digest,
     from_record,
+    read_counts,
 )
 
 MAXIMUM_BYTES = 2**31
@@ -47,22 +54,10 @@ def guard(
     Raises:
         EgressError: it holds anything else.
     """
-    if reply.has_error() or not reply.has_content():
-        raise _stopped("reply", "an error or nothing", "records")
-    content = reply.content
-    if type(content) is not RecordDict or sorted(content) != sorted((ADAPTER, STATUS)):
-        raise _stopped("reply", sorted(content), f"{ADAPTER!r} and {STATUS!r}")
-    adapter = content.array_records.get(ADAPTER)
-    config = content.config_records.get(STATUS)
-    if adapter is None or config is None:
+    word = _status(reply, number, ADAPTER)
+    adapter = reply.content.array_records.get(ADAPTER)
+    if adapter is None:
         raise _stopped("reply", "records of another kind", "arrays and configuration")
-    if sorted(config) != sorted((ROUND, STATUS)):
-        raise _stopped(STATUS, sorted(config), f"{ROUND!r} and {STATUS!r}")
-    answered, word = config[ROUND], config[STATUS]
-    if type(answered) is not int or answered != number:
-        raise _stopped(f"{STATUS}.{ROUND}", repr(answered), str(number))
-    if type(word) is not str or word not in {status.value for status in Status}:
-        raise _stopped(f"{STATUS}.{STATUS}", repr(word), ", ".join(Status))
     if word != Status.OK:
         if len(adapter):
             raise _stopped(ADAPTER, f"{len(adapter)} tensors", f"none with status {word}")
@@ -82,6 +77,58 @@ def guard(
             f"{committed[:16]}, the ledger's" if committed else "one that the ledger committed",
         )  # fmt: skip
     return reply
+
+
+def guard_counts(reply: Message, number: int, committed: str | None = None) -> Message:
+    """The same for a released evaluation.
+
+    Raises:
+        EgressError: it holds anything but a status and the two counts that were committed.
+    """
+    word = _status(reply, number, COUNTS)
+    counts = reply.content.metric_records.get(COUNTS)
+    if counts is None:
+        raise _stopped("reply", "records of another kind", "counts and configuration")
+    if word != Status.OK:
+        if len(counts):
+            raise _stopped(COUNTS, f"{len(counts)} numbers", f"none with status {word}")
+        return reply
+    try:
+        found = digest_counts(read_counts(counts))
+    except FedgraftError as error:
+        raise _stopped(error.field, error.value, error.allowed) from None
+    if committed is None or found != committed:
+        raise _stopped("counts", found[:16], "those that the ledger committed")
+    return reply
+
+
+def digest_counts(counts: Counts) -> str:
+    """SHA-256 of two counts, in hexadecimal."""
+    return hashlib.sha256(f"{counts.correct!r} {counts.total!r}".encode()).hexdigest()
+
+
+def _status(reply: Message, number: int, payload: str) -> str:
+    """Checks everything but the payload.
+
+    Returns:
+        The status.
+    """
+    if reply.has_error() or not reply.has_content():
+        raise _stopped("reply", "an error or nothing", "records")
+    content = reply.content
+    if type(content) is not RecordDict or sorted(content) != sorted((payload, STATUS)):
+        raise _stopped("reply", sorted(content), f"{payload!r} and {STATUS!r}")
+    config = content.config_records.get(STATUS)
+    if config is None:
+        raise _stopped("reply", "records of another kind", "a configuration")
+    if sorted(config) != sorted((ROUND, STATUS)):
+        raise _stopped(STATUS, sorted(config), f"{ROUND!r} and {STATUS!r}")
+    answered, word = config[ROUND], config[STATUS]
+    if type(answered) is not int or answered != number:
+        raise _stopped(f"{STATUS}.{ROUND}", repr(answered), str(number))
+    if type(word) is not str or word not in {status.value for status in Status}:
+        raise _stopped(f"{STATUS}.{STATUS}", repr(word), ", ".join(Status))
+    return word
 
 
 def _stopped(field: str, value: object, allowed: str) -> EgressError:

@@ -28,11 +28,14 @@ def open_site(path: Path) -> Site:
     """
     file, base = load_site_file(path), path.parent
     records = load_records(base / file.data.source, file.data.unit)
+    held_out = None
+    if file.data.held_out is not None:
+        held_out = load_records(base / file.data.held_out, file.data.unit)
     store = open_store(file, base)
     try:
         runtime = Runtime(file.device, file.physical_batch)
         config = SiteConfig(file.name, file.classes, file.data.nominal_size)
-        return Site(config, records, runtime, store, file.policy)
+        return Site(config, records, runtime, store, file.policy, held_out=held_out)
     except BaseException:
         store.close()
         raise

@@ -130,6 +130,8 @@ def check_plan(policy: Policy, plan: Plan, unit: str, step: StepNoise) -> None:
     _one_of("adapter.method", plan.adapter.method, policy.adapters, "adapters")
     if not any(fnmatchcase(plan.name, pattern) for pattern in policy.tasks):
         raise _broken("name", plan.name, ", ".join(policy.tasks), "tasks")
+    if plan.evaluations and not policy.release_evaluation:
+        raise _broken("evaluation.every", plan.evaluation.every, "0", "release_evaluation")
     _check_backbone(policy, plan)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import torch
@@ -23,8 +23,9 @@ from flwr.app import Message
 from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
-from fedgraft_client.egress import guard
-from fedgraft_client.entry import Charge
+from fedgraft_client.egress import digest_counts, guard, guard_counts
+from fedgraft_client.entry import Charge, Purpose
+from fedgraft_client.evaluation import exact_counts, noised
 from fedgraft_client.head import LinearHead, initial_head
 from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
@@ -40,17 +41,21 @@ from fedgraft_common.errors import (
     BudgetError,
     FedgraftError,
     MessageError,
+    PolicyError,
     PrivacyError,
     SealedError,
 )
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
+    Counts,
+    Request,
     Status,
     Tensors,
     from_record,
     read_request,
     status_of,
     to_record,
+    write_counts,
     write_reply,
 )
 from fedgraft_common.plan import Plan, parse_plan
@@ -85,6 +90,7 @@ class Site:
         store: where its ledger, head and replies are kept.
         policy: its own rules; a simulated site has none.
         clock: local time.
+        held_out: records of other units, counted by released evaluations.
 
     Raises:
         DataError: the records cannot be used.
@@ -98,50 +104,86 @@ class Site:
         store: SiteStore,
         policy: Policy | None = None,
         clock: Callable[[], datetime] = datetime.now,
+        held_out: Records | None = None,
     ) -> None:
         check_records(records, config.classes, config.name)
         self.config = config
+        if held_out is not None:
+            check_records(held_out, config.classes, f"{config.name}, held out")
         self.records = records
+        self.held_out = held_out
         self.runtime = runtime
         self.store = store
         self.policy = Policy() if policy is None and not config.simulated else policy
         self.last_error: Exception | None = None
         self._clock = clock
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
+        self._held_out_cache: tuple[Workbench, Cached] | None = None
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
 
     def answer(self, message: Message) -> Message:
         """The reply to one round's request: adapter, round, status."""
+
+        def work(request: Request, plan: Plan, step: StepNoise) -> Message:
+            bench = self.runtime.workbench(plan)
+            adapter = from_record(request.adapter, bench.adapted.schema)
+            update = to_record(self._round(bench, plan, step, request.round, adapter))
+            reply = write_reply(message, request.round, Status.OK, update)
+            committed = self._committed(plan.hash, request.round)
+            return guard(reply, request.round, bench.adapted.schema, committed)
+
+        def refuse(number: int, status: Status) -> Message:
+            return guard(write_reply(message, number, status), number)
+
+        return self._contain(message, work, refuse)
+
+    def evaluate(self, message: Message) -> Message:
+        """The reply to a request for an evaluation: two noised counts, round, status."""
+
+        def work(request: Request, plan: Plan, step: StepNoise) -> Message:
+            bench = self.runtime.workbench(plan)
+            adapter = from_record(request.adapter, bench.adapted.schema)
+            counts = self._counts(bench, plan, step, request.round, adapter)
+            reply = write_counts(message, request.round, Status.OK, counts)
+            committed = self._committed(_evaluation_of(plan), request.round)
+            return guard_counts(reply, request.round, committed)
+
+        def refuse(number: int, status: Status) -> Message:
+            return guard_counts(write_counts(message, number, status), number)
+
+        return self._contain(message, work, refuse)
+
+    def _contain(
+        self,
+        message: Message,
+        work: Callable[[Request, Plan, StepNoise], Message],
+        refuse: Callable[[int, Status], Message],
+    ) -> Message:
+        """Turns whatever goes wrong into one word; Flower would send an exception's text."""
         self.last_error = None
         number, plan = 0, None
         try:
             request = read_request(message)
             number = request.round
             plan, step = self._accept(request.plan)
-            bench = self.runtime.workbench(plan)
-            adapter = from_record(request.adapter, bench.adapted.schema)
-            update = self._round(bench, plan, step, number, adapter)
-            return self._release(
-                plan, number, write_reply(message, number, Status.OK, to_record(update))
-            )
+            return work(request, plan, step)
         except FedgraftError as error:
             self.last_error, status = error, status_of(error)
             if plan is not None and status is Status.BUDGET and self._took_part(plan):
                 status = Status.RETIRED
-        except Exception as error:  # Flower would send an uncaught exception's text to the server
+        except Exception as error:
             self.last_error, status = error, Status.FAILED
             log.debug("site %s, round %d", self.config.name, number, exc_info=True)
         log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
-        return guard(write_reply(message, number, status), number)
+        return refuse(number, status)
 
-    def _release(self, plan: Plan, number: int, reply: Message) -> Message:
-        """Compares what is about to leave with the plan's schema and the ledger's commit."""
-        finished = self.store.ledger.finished(plan.hash)
-        committed = finished.digest if finished and finished.round == number else None
-        return guard(reply, number, self.runtime.workbench(plan).adapted.schema, committed)
+    def _committed(self, output: str, number: int) -> str | None:
+        """SHA-256 of what the ledger lets out for a round."""
+        finished = self.store.ledger.finished(output)
+        return finished.digest if finished and finished.round == number else None
 
     def _took_part(self, plan: Plan) -> bool:
-        return self.store.ledger.finished(plan.hash) is not None
+        return bool(self.store.ledger.spent(plan.hash))
 
     def _accept(self, text: str) -> tuple[Plan, StepNoise]:
         """Checks a plan once, and what it would cost here; the clock and the seal every time."""
@@ -199,7 +241,7 @@ class Site:
         assert self.policy is not None and step.event is not None  # noqa: S101 - see agree
         ledger = self.store.ledger
         rounds = affordable_rounds(
-            self.policy, plan, [step.event], ledger.spent(), ledger.spent(plan.hash)
+            self.policy, plan, step.events, ledger.spent(), ledger.spent(plan.hash)
         )
         if rounds == plan.rounds.count:
             return
@@ -220,7 +262,7 @@ class Site:
         """What joining a run would cost this data set."""
         step = self.step(plan)
         assert step.event is not None  # noqa: S101 - a policy refuses plans without noise
-        return cost(self.policy or Policy(), plan, [step.event], self.store.ledger.spent())
+        return cost(self.policy or Policy(), plan, step.events, self.store.ledger.spent())
 
     def step(self, plan: Plan) -> StepNoise:
         """Sample rate and noise of this site under a plan.
@@ -248,13 +290,13 @@ class Site:
                 "adapter", "another start", "the initial adapter that the plan's seed gives",
                 "Server and site run different versions, or the server is not honest.",
             )  # fmt: skip
-        if self.config.simulated:
-            noise = NoiseSource.for_simulation("round", plan.hash, self.config.name, number)
-        else:
-            noise = NoiseSource.from_operating_system()
+        noise = self._noise("round", plan, number)
         cached, labels = self.cached(bench), self.records.labels
         bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
-        reservation = self._reserve(plan, step, number)
+        reservation = None
+        if step.event is not None:  # without DP, in a simulation, there is nothing to account
+            event = replace(step.event, steps=plan.training.local_steps)
+            reservation = self._reserve(plan, event, number, "train")
         try:
             update = train_round(
                 bench, plan, number, adapter, head, cached, labels, step, noise,
@@ -267,28 +309,60 @@ class Site:
         self.store.save_round(plan, number, head, update, reservation)
         return update
 
-    def _reserve(self, plan: Plan, step: StepNoise, number: int) -> int | None:
-        """Charges a round before its first gradient; None without DP (simulations only)."""
-        if step.event is None:
-            return None
-        ledger = self.store.ledger
-        event = SamplingEvent(
-            step.event.sample_rate, step.event.noise_multiplier, plan.training.local_steps
+    def _counts(
+        self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
+    ) -> Counts:
+        finished = self.store.ledger.finished(_evaluation_of(plan))
+        if finished is not None and finished.round == number:
+            return Counts(**json.loads(finished.content))  # asked again: the same numbers
+        if not plan.evaluates(number) or (finished is not None and number < finished.round):
+            raise MessageError(
+                "round", number, f"a round that the plan evaluates (every {plan.evaluation.every})",
+                "The server does not follow its own plan, or is behind this site.",
+            )  # fmt: skip
+        if self.held_out is None or step.evaluation is None:
+            raise PolicyError(
+                "data.held_out", "nothing", "records held out for a released evaluation",
+                "Name a file with records of other units in the site file, or ask for a plan "
+                "without evaluation.",
+            )  # fmt: skip
+        head = self.trained_head(plan)
+        if self._held_out_cache is None or self._held_out_cache[0] is not bench:
+            self._held_out_cache = bench, bench.cache(self.held_out.images)
+        features = bench.features(adapter, self._held_out_cache[1])
+        exact = exact_counts(features, head, self.held_out)
+        noise = self._noise("evaluate", plan, number)
+        reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
+        counts = noised(exact, step.evaluation.noise_multiplier, noise)
+        content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
+        self.store.ledger.commit(
+            reservation, _evaluation_of(plan), number, digest_counts(counts), content
         )
+        return counts
+
+    def _noise(self, purpose: str, plan: Plan, number: int) -> NoiseSource:
+        if self.config.simulated:
+            return NoiseSource.for_simulation(purpose, plan.hash, self.config.name, number)
+        return NoiseSource.from_operating_system()
+
+    def _reserve(self, plan: Plan, event: SamplingEvent, number: int, purpose: Purpose) -> int:
+        """Charges what is about to look at the data, if the budget pays it."""
+        ledger = self.store.ledger
         if self.policy is not None:
             spent, run = ledger.spent(), ledger.spent(plan.hash)
             check_affordable(self.policy, plan.privacy.delta, event, spent, run)
+        distributed = plan.privacy.mechanism == "distributed" and purpose == "train"
         return ledger.reserve(
             Charge(
                 run=plan.name,
                 plan=plan.hash,
                 round=number,
-                purpose="train",
-                mechanism=plan.privacy.mechanism,
+                purpose=purpose,
+                mechanism=plan.privacy.mechanism if distributed else "local",
                 unit=plan.privacy.unit,
                 event=event,
-                shares=plan.noise_shares if plan.privacy.mechanism == "distributed" else 1,
-                colluders=plan.privacy.tolerated_colluders,
+                shares=plan.noise_shares if distributed else 1,
+                colluders=plan.privacy.tolerated_colluders if distributed else 0,
             )
         )
 
@@ -314,3 +388,8 @@ class Site:
         head = refit_head(features, self.records.labels, self.trained_head(plan))
         self.store.seal(plan, head, self.config.classes)
         return head
+
+
+def _evaluation_of(plan: Plan) -> str:
+    """What the ledger calls a plan's released counts."""
+    return f"{plan.hash}/evaluate"

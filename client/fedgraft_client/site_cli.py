@@ -75,10 +75,9 @@ def cost(plan_file: PlanFile, site: SiteFileOption = DEFAULT, as_json: AsJson = 
     file, plan = load_site_file(site), load_plan(plan_file)
     step = step_noise(plan, file.data.nominal_size, file.name)
     check_plan(file.policy, plan, file.data.unit, step)
-    assert step.event is not None  # noqa: S101 - the policy refuses plans without noise
     ledger = file.store_directory(site.parent) / "ledger.sqlite3"
     events = spent(read_ledger(ledger)) if ledger.exists() else []
-    found = cost_of(file.policy, plan, [step.event], events)
+    found = cost_of(file.policy, plan, step.events, events)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return

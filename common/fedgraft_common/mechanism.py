@@ -38,7 +38,9 @@ class StepNoise:
         clipping_norm: C, infinite without DP.
         adapter_std: standard deviation of the noise on each coordinate of the adapter sum.
         head_std: the same for the head.
-        event: what the site's account is charged for the whole run; None without DP.
+        event: what the site's account is charged for the steps of the whole run; None without
+            DP.
+        evaluation: what it is charged for the released evaluations; None if there are none.
     """
 
     sample_rate: float
@@ -46,16 +48,25 @@ class StepNoise:
     adapter_std: float
     head_std: float
     event: SamplingEvent | None
+    evaluation: SamplingEvent | None = None
+
+    @property
+    def events(self) -> list[SamplingEvent]:
+        """What the site's account is charged for the whole run: training, then evaluations."""
+        return [e for e in (self.event, self.evaluation) if e is not None]
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Epsilon after `steps` steps (default: the whole run); infinite without DP."""
+        """Epsilon after `steps` steps and every evaluation (default: the whole run).
+
+        Infinite without DP.
+        """
         if self.event is None:
             return math.inf
         count = self.event.steps if steps is None else steps
         if count == 0:
             return 0.0
         event = SamplingEvent(self.event.sample_rate, self.event.noise_multiplier, count)
-        return epsilon([event], delta)
+        return epsilon([event, *self.events[1:]], delta)
 
 
 def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
@@ -102,8 +113,20 @@ def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
     rate = sample_rate(plan, nominal_size, site)
     if plan.privacy.mechanism == "none":
         return StepNoise(rate, math.inf, 0.0, 0.0, None)
-    sigma = calibrate_noise_multiplier(plan.privacy.epsilon, plan.privacy.delta, rate, plan.steps)
+    evaluation = (
+        SamplingEvent(1.0, plan.evaluation.noise_multiplier, plan.evaluations)
+        if plan.evaluations
+        else None
+    )
+    sigma = calibrate_noise_multiplier(
+        plan.privacy.epsilon,
+        plan.privacy.delta,
+        rate,
+        plan.steps,
+        prior=[evaluation] if evaluation else [],
+    )
     full = sigma * plan.privacy.clipping_norm
     shares = plan.noise_shares if plan.privacy.mechanism == "distributed" else 1
     event = SamplingEvent(rate, sigma, plan.steps)
-    return StepNoise(rate, plan.privacy.clipping_norm, full / math.sqrt(shares), full, event)
+    adapter_std = full / math.sqrt(shares)
+    return StepNoise(rate, plan.privacy.clipping_norm, adapter_std, full, event, evaluation)

@@ -5,7 +5,12 @@
     reply    site -> server   adapter   ArrayRecord   adapter (local) or noisy gradient sum
                               status    ConfigRecord  {round: int, status: str}
 
-A reply with a status other than `ok` carries an empty adapter. The reasons behind a refusal or
+    evaluate server -> site   the same request, of message type "evaluate"
+    counts   site -> server   counts    MetricRecord  {correct: float, total: float}, noised
+                              status    ConfigRecord  {round: int, status: str}
+
+A reply with a status other than `ok` carries an empty adapter or no counts. The reasons behind a
+refusal or
 a failure stay in the site's log.
 """
 
@@ -22,7 +27,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedgraft_common.errors import (
     AdapterError,
@@ -43,6 +48,8 @@ ADAPTER: Final = "adapter"
 PLAN: Final = "plan"
 STATUS: Final = "status"
 ROUND: Final = "round"
+COUNTS: Final = "counts"
+EVALUATE: Final = "evaluate"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -235,6 +242,53 @@ def write_reply(
         }
     )
     return Message(content, reply_to=request)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A released evaluation: both numbers carry noise.
+
+    Attributes:
+        correct: held-out units predicted correctly (an average for a unit with many records).
+        total: held-out units.
+    """
+
+    correct: float
+    total: float
+
+
+def write_counts(
+    request: Message, round_number: int, status: Status, counts: Counts | None = None
+) -> Message:
+    """A site's answer to a request for an evaluation."""
+    numbers = {"correct": counts.correct, "total": counts.total} if counts else {}
+    content = RecordDict(
+        {
+            COUNTS: MetricRecord(dict(numbers)),
+            STATUS: ConfigRecord({ROUND: round_number, STATUS: status.value}),
+        }
+    )
+    return Message(content, reply_to=request)
+
+
+def read_counts(record: MetricRecord | None) -> Counts:
+    """Takes released counts, and nothing else.
+
+    Raises:
+        MessageError: other keys, or numbers that are not finite.
+    """
+    found = dict(record or {})
+    correct, total = found.get("correct"), found.get("total")
+    if len(found) != 2 or not isinstance(correct, float) or not isinstance(total, float):
+        raise MessageError(
+            COUNTS, sorted(found), "'correct' and 'total', two numbers",
+            "The message is malformed and was ignored.",
+        )  # fmt: skip
+    if not (math.isfinite(correct) and math.isfinite(total)):
+        raise MessageError(
+            COUNTS, f"{correct}, {total}", "finite numbers", "The message was ignored."
+        )
+    return Counts(correct, total)
 
 
 def read_status(reply: Message) -> Status:

@@ -195,6 +195,23 @@ class Aggregation(Section):
     )
 
 
+class Evaluation(Section):
+    """Numbers of correct predictions that may leave, with noise; off by default."""
+
+    every: int = Field(
+        default=0,
+        ge=0,
+        description="Rounds between released evaluations, the last round always among them. 0: "
+        "no number leaves. A site's policy must agree, too.",
+    )
+    noise_multiplier: float = Field(
+        default=8.0,
+        gt=0,
+        description="Sigma of one release: noise standard deviation divided by the sensitivity "
+        "sqrt(2) of a site's (correct, total). The cost is part of privacy.epsilon.",
+    )
+
+
 class Rounds(Section):
     """How long the run lasts."""
 
@@ -286,6 +303,7 @@ class Plan(Section):
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
     rounds: Rounds = Rounds()
+    evaluation: Evaluation = Evaluation()
     data: Data = Data()
     sites: Sites = Sites()
     comparison: Comparison = Comparison()
@@ -336,6 +354,17 @@ class Plan(Section):
     def steps(self) -> int:
         """T: DP-SGD steps of the whole run, the number that is accounted."""
         return self.rounds.count * self.training.local_steps
+
+    def evaluates(self, number: int) -> bool:
+        """Whether noised counts are released after a round."""
+        every = self.evaluation.every if self.privacy.mechanism != "none" else 0
+        last = self.rounds.count
+        return every > 0 and 1 <= number <= last and (number % every == 0 or number == last)
+
+    @property
+    def evaluations(self) -> int:
+        """How many released evaluations the whole run has."""
+        return sum(map(self.evaluates, range(1, self.rounds.count + 1)))
 
     def step_scale(self, number: int) -> float:
         """Factor on every step size in a round: 1 at the first round of either schedule."""

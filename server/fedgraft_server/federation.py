@@ -7,9 +7,11 @@ messages: in-process, Flower's simulation, or a SuperLink.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
@@ -17,18 +19,24 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.errors import FedgraftError, MessageError
+from fedgraft_common.files import write_atomically
 from fedgraft_common.messages import (
     ADAPTER,
+    COUNTS,
+    EVALUATE,
     STATUS,
+    Counts,
     Status,
     Tensors,
     TensorSpec,
     from_record,
+    read_counts,
     read_status,
 )
 from fedgraft_common.plan import Plan
 from fedgraft_server.aggregation import Aggregator
 from fedgraft_server.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from fedgraft_server.evaluation import Estimate, estimate
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +50,14 @@ class RoundSummary:
         adapter: the adapter after it.
         sites: updates that went in.
         bytes_received: size of those updates' tensors.
+        evaluation: what the sites released after it, if the plan asks.
     """
 
     number: int
     adapter: Tensors
     sites: int
     bytes_received: int
+    evaluation: Estimate | None = None
 
 
 def run_federation(
@@ -86,10 +96,51 @@ def run_federation(
         finished = Checkpoint(number, adapter, aggregator.state())
         save_checkpoint(directory, plan, finished, durable)
         size = sum(t.nbytes for update in updates for t in update.values())
-        on_round(RoundSummary(number, adapter, len(updates), size))
+        found = evaluate(plan, aggregator, number, adapter, grid)
+        if found is not None:
+            keep_evaluation(directory, found)
+        on_round(RoundSummary(number, adapter, len(updates), size, found))
     model.load(adapter)
     model.save(directory / "adapter")
     return adapter
+
+
+def evaluate(
+    plan: Plan, aggregator: Aggregator, number: int, adapter: Tensors, grid: Grid
+) -> Estimate | None:
+    """Asks for noised counts after a round that the plan evaluates; late sites are left out."""
+    if not plan.evaluates(number):
+        return None
+    requests = aggregator.requests(number, adapter, grid)
+    for request in requests:
+        request.metadata.message_type = EVALUATE
+    counts: dict[int, Counts] = {}
+    for reply in grid.send_and_receive(requests, timeout=plan.rounds.deadline):
+        node = reply.metadata.src_node_id
+        if read_status(reply) is not Status.OK:
+            log.warning("round %d, node %d: no evaluation: %s", number, node, read_status(reply))
+            continue
+        try:
+            found = read_counts(reply.content.metric_records.get(COUNTS))
+            counts.setdefault(node, found)  # a second answer is ignored
+        except MessageError as error:
+            log.warning("round %d, node %d: %s", number, node, error)
+    result = estimate(number, list(counts.values()), plan.evaluation.noise_multiplier)
+    log.info(
+        "round %d: accuracy %.3f, 95 %% interval %.3f to %.3f, from noised counts of %d sites",
+        number, result.accuracy, result.low, result.high, result.sites,
+    )  # fmt: skip
+    return result
+
+
+def keep_evaluation(directory: Path, found: Estimate) -> None:
+    """Adds a released evaluation to `evaluations.json`; one per round, the first that came."""
+    file = directory / "evaluations.json"
+    known: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
+    if found.round not in {item["round"] for item in known}:
+        accuracy = found.accuracy if math.isfinite(found.accuracy) else None
+        known.append({**asdict(found), "accuracy": accuracy})
+        write_atomically(file, (json.dumps(known, indent=2) + "\n").encode())
 
 
 def usable_updates(

@@ -69,6 +69,7 @@ def _sites(key: str, directory: Path, device: str) -> tuple[Site, ...]:
             share.train,
             runtime,
             SiteStore(directory / share.name, durable=False, unit=unit),
+            held_out=share.test,
         )
         for share in _shares(key)
     )
