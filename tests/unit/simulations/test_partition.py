@@ -196,7 +196,7 @@ def test_site_of_two_records_trains_on_one_and_tests_on_the_other(tmp_path: Path
 
 # --- units
 
-PATIENTS = {
+PATIENTS: dict[str, np.ndarray[Any, Any]] = {
     "images": np.arange(60 * 64, dtype=np.uint32).reshape(60, 8, 8).astype(np.uint8),
     "labels": np.arange(60) % 2,
     "patient_id": np.array([f"p{n * n % 17}" for n in range(60)]),
