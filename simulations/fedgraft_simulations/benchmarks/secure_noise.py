@@ -40,7 +40,7 @@ def measure(
     device: str = "cpu",
     dtype: str = "float32",
     cache: Path = CACHE,
-    steps: int = 3,
+    steps: int = 1,
 ) -> Report:
     """Times steps on random images; only shapes matter.
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedgraft_client.data import Records, check_records, load_arrays, load_images, to_images
+from fedgraft_client.data import (
+    Records,
+    check_records,
+    load_arrays,
+    load_images,
+    number_units,
+    to_images,
+)
 from fedgraft_common.errors import DataError
 
 CLASSES = ("ill", "well")
@@ -176,3 +184,57 @@ def test_several_arrays_of_one_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 3)), labels=np.array([1, 0]))
     arrays = load_arrays(tmp_path / "a.npz", ("images", "labels"))
     assert arrays["labels"].tolist() == [1, 0]
+
+
+# --- units
+
+
+def test_equal_identifiers_get_equal_numbers_without_gaps() -> None:
+    names = number_units(np.array(["b", "a", "b", "c"]), "x")
+    assert (names.tolist(), names.dtype) == ([1, 0, 1, 2], torch.int64)
+    assert number_units(np.array([70, -3, 70], np.int32), "x").tolist() == [1, 0, 1]
+    assert number_units(np.array([b"q", b"p"]), "x").tolist() == [1, 0]
+    check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, names), CLASSES, "north")
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        (np.array([1.0, 2.0]), r"float64\(2,\).*one string or integer"),
+        (np.array([True, False]), "bool"),
+        (np.array([["a"], ["b"]]), r"\(2, 1\)"),
+        (np.array("a"), "one string or integer for each record"),
+        (np.array(["a", ""]), "an empty identifier.*whom it belongs to decides"),
+        (np.array([b"", b"a"]), "an empty identifier"),
+    ],
+    ids=["floats", "booleans", "nested", "one", "empty", "empty bytes"],
+)
+def test_a_column_that_names_no_units(column: np.ndarray[Any, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text) as caught:
+        number_units(column, "data.npz: patient_id")
+    assert caught.value.field == "data.npz: patient_id"
+
+
+@pytest.mark.parametrize(
+    ("units", "text"),
+    [
+        (torch.tensor([0, 0, 1]), "4 int64 unit numbers, one for each record"),
+        (torch.tensor([0, 0, 1, 1], dtype=torch.int32), "int32.*Number the column"),
+        (
+            torch.tensor([0, 0, 2, 2]),
+            "numbers from 0 to 2'; allowed: 0 to 1, for there are 2 units",
+        ),
+        (torch.tensor([1, 1, 2, 2]), "0 to 1"),
+        (torch.tensor([-1, 0, 1, 1]), "numbers from -1 to 1"),
+    ],
+)
+def test_units_that_are_not_numbered_from_zero(units: torch.Tensor, text: str) -> None:
+    with pytest.raises(DataError, match=text) as caught:
+        check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, units), CLASSES, "north")
+    assert caught.value.field == "site north: units"
+
+
+def test_unit_count() -> None:
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4) % 2
+    assert Records(images, labels).unit_count == 4
+    assert Records(images, labels, torch.tensor([0, 1, 0, 1])).unit_count == 2

@@ -88,6 +88,32 @@ def test_gaussian_is_independent_across_coordinates_and_calls() -> None:
     assert np.unique(np.concatenate([first, second])).size == 600_000
 
 
+def test_gaussian_is_independent_across_steps_of_a_round() -> None:
+    """As training draws: a sample, the adapter's noise, the head's, and again."""
+    source, steps, size = simulated("steps"), 4000, 24
+    rows, sizes = np.empty((steps, size)), np.empty(steps)
+    for step, row in enumerate(rows):
+        sizes[step] = len(source.poisson_sample(30, 0.5))
+        row[:20] = source.gaussian((20,), 0.5).numpy() / 0.5
+        row[20:] = source.gaussian((4,), 3.0).numpy() / 3.0
+    assert stats.kstest(rows.ravel(), "norm").pvalue > 0.01
+    by_coordinate = [stats.kstest(column, "norm").pvalue for column in rows.T]
+    assert stats.kstest(by_coordinate, "uniform").pvalue > 1e-3  # each one normal over the steps
+    squares = (rows**2).sum(axis=0)  # chi square: variance 1 in every coordinate
+    low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], df=steps)
+    assert ((low < squares) & (squares < high)).all()
+    limit = 4.5 / math.sqrt(steps)
+    for lag in (1, 2, 3, 7):  # every pair of coordinates, in steps that far apart
+        for values in (rows, rows**2):
+            both = np.corrcoef(values[:-lag].T, values[lag:].T)[:size, size:]
+            assert np.abs(both).max() < 1.2 * limit  # 4608 pairs in all
+    within = np.corrcoef(rows.T) - np.eye(size)
+    assert np.abs(within).max() < limit
+    with_sample = [np.corrcoef(sizes, column)[0, 1] for column in rows.T]
+    assert np.abs(with_sample).max() < limit
+    assert np.unique(rows).size == rows.size
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,), (2, 3, 4)])
 def test_gaussian_shapes(shape: tuple[int, ...]) -> None:
     assert simulated("shapes").gaussian(shape, 1.0).shape == shape
@@ -125,6 +151,49 @@ def test_poisson_sample_marginal_and_pairwise() -> None:
     assert chi_square < stats.chi2.ppf(0.999, common.sum() - 1)
     # Consecutive draws are independent too.
     assert abs(np.corrcoef(included[:-1].ravel(), included[1:].ravel())[0, 1]) < 0.01
+
+
+def test_poisson_sample_pairwise_inclusion() -> None:
+    """Both units of a pair are in with probability q^2, in one step and in consecutive ones."""
+    source, size, rate, draws = simulated("pairs"), 8, 0.2, 40_000
+    included = np.zeros((draws, size))
+    for row in included:
+        row[source.poisson_sample(size, rate)] = 1
+        source.gaussian((3,), 1.0)  # as between two steps
+    error = math.sqrt(rate**2 * (1 - rate**2) / draws)
+    same = included.T @ included / draws
+    np.testing.assert_allclose(same[~np.eye(size, dtype=bool)], rate**2, atol=4 * error)
+    following = included[:-1].T @ included[1:] / (draws - 1)
+    np.testing.assert_allclose(following, rate**2, atol=4 * error)
+
+
+def test_choose_is_uniform_over_subsets() -> None:
+    """Marginal 3/5, pairwise 3/10, and every subset alike; groups in any order of positions."""
+    source, draws = simulated("choose"), 20_000
+    groups = np.array([7, 3, 7, 7, 3, 7, 7])  # five sevens, two threes
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(draws):
+        chosen = source.choose(groups, 3)
+        assert chosen.dtype == np.int64
+        assert {1, 4} <= set(chosen.tolist())  # the threes are within the cap
+        sevens = tuple(i for i in chosen.tolist() if groups[i] == 7)
+        counts[sevens] = counts.get(sevens, 0) + 1
+    assert len(counts) == 10
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+    for subset, expected in (((0,), 0.6), ((5,), 0.6), ((0, 2), 0.3), ((2, 6), 0.3)):
+        share = sum(n for s, n in counts.items() if set(subset) <= set(s)) / draws
+        assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / draws))
+
+
+def test_choose_edge_cases() -> None:
+    source, groups = simulated("choose edges"), np.array([0, 0, 5, 5, 5])
+    assert source.choose(groups, 3).tolist() == [0, 1, 2, 3, 4]
+    assert source.choose(groups[:0], 1).tolist() == []
+    for _ in range(20):
+        first, second = source.choose(groups, 1).tolist()
+        assert first in (0, 1) and second in (2, 3, 4)
+    with pytest.raises(PrivacyError, match=r"most: found 0; .*at least 1.*records_per_unit"):
+        source.choose(groups, 0)
 
 
 def test_poisson_sample_edge_cases() -> None:

@@ -17,6 +17,7 @@ from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.training import train_round
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
+from fedgraft_common.errors import PrivacyError
 from fedgraft_common.mechanism import StepNoise
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
@@ -65,6 +66,8 @@ def one_round(
     step: StepNoise = EXACT,
     number: int = 1,
     noise: NoiseSource | None = None,
+    units: torch.Tensor | None = None,
+    physical_batch: int = 4,
 ) -> Tensors:
     return train_round(
         bench=bench,
@@ -76,15 +79,23 @@ def one_round(
         labels=LABELS,
         step=step,
         noise=noise or NoiseSource.for_simulation("test_training"),
-        physical_batch=4,
+        physical_batch=physical_batch,
+        units=units,
     )
 
 
 class Oracle:
-    """The whole model, one record at a time, clipped by hand, stepped by hand."""
+    """The whole model, one unit at a time, clipped by hand, stepped by hand."""
 
-    def __init__(self, plan: Plan, adapter: Tensors, head: LinearHead) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        adapter: Tensors,
+        head: LinearHead,
+        units: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.plan = plan
+        self.units = [list(unit) for unit in units or [[i] for i in range(len(LABELS))]]
         self.model: AdaptedBackbone = adapted_backbone(plan)
         self.model.load(adapter)
         self.head = LinearHead(head.linear.in_features, head.linear.out_features)
@@ -97,9 +108,9 @@ class Oracle:
     def gradient_sum(self, clipping_norm: float) -> list[torch.Tensor]:
         parameters = [*self.adapter_parameters, *self.head_parameters]
         total = [torch.zeros_like(p) for p in parameters]
-        for i, label in enumerate(LABELS):
-            logits = self.head(self.model(self.inputs[i : i + 1]))
-            loss = functional.cross_entropy(logits, label[None])
+        for mine in self.units:
+            logits = self.head(self.model(self.inputs[mine]))
+            loss = functional.cross_entropy(logits, LABELS[mine])  # the mean over the unit
             gradient = torch.autograd.grad(loss, parameters)
             norm = torch.cat([g.flatten() for g in gradient]).norm()
             factor = min(1.0, clipping_norm / float(norm))
@@ -197,10 +208,15 @@ class Counting(NoiseSource):
         super().__init__(simulation_key=1)
         self.samples: list[tuple[int, float]] = []
         self.draws: list[tuple[int, float]] = []
+        self.caps: list[int] = []
 
     def poisson_sample(self, size: int, rate: float) -> NDArray[np.int64]:
         self.samples.append((size, rate))
         return super().poisson_sample(size, rate)
+
+    def choose(self, groups: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        self.caps.append(most)
+        return super().choose(groups, most)
 
     def gaussian(self, shape: Sequence[int], std: float) -> torch.Tensor:
         (size,) = shape
@@ -226,6 +242,73 @@ def test_every_step_samples_and_noises_even_an_empty_batch(
         change = torch.cat([(after[n] - adapter[n]).flatten() for n in sorted(adapter)])
         std = 0.5 * math.sqrt(steps) * plan.training.learning_rate / 5.0
         assert float(change.std()) == pytest.approx(std, rel=0.15)
+
+
+# --- units
+
+
+UNITS = torch.tensor([1, 0, 2, 1, 0, 1, 1])
+BY_PATIENT = {"privacy.unit": "patient_id"}
+
+
+@pytest.mark.parametrize("physical_batch", [1, 4, 256])
+@pytest.mark.parametrize("clipping_norm", [math.inf, 0.02])
+def test_a_unit_is_one_average_gradient(
+    runtime: Runtime, base: Plan, clipping_norm: float, physical_batch: int
+) -> None:
+    """From the prefix cache, with hooks (ViT) and vmap (ResNet), the unit split nowhere."""
+    plan = base.replace(BY_PATIENT)
+    bench = runtime.workbench(plan)
+    head = initial_head(plan, CLASSES, bench.adapted.feature_dim)
+    adapter = start(bench)
+    oracle = Oracle(plan, adapter, head, [[1, 4], [0, 3, 5, 6], [2]])
+    step = StepNoise(1.0, clipping_norm, 0.0, 0.0, None)
+    found = one_round(bench, plan, adapter, head, step, units=UNITS, physical_batch=physical_batch)
+    for _ in range(3):
+        oracle.step(1, clipping_norm)
+    close(found, oracle.model.state())
+    close(dict(head.state_dict()), dict(oracle.head.state_dict()))
+
+
+def test_units_are_sampled_and_capped(runtime: Runtime, base: Plan) -> None:
+    """Three units, whatever the seven records; two of unit 1's four records at a time."""
+    plan = base.replace(BY_PATIENT | {"privacy.records_per_unit": 2, "training.local_steps": 6})
+    bench = runtime.workbench(plan)
+    head = initial_head(plan, CLASSES, bench.adapted.feature_dim)
+    noise = Counting()
+    one_round(bench, plan, start(bench), head, StepNoise(0.7, 1.0, 1.0, 1.0, None), 1, noise, UNITS)
+    assert noise.samples == [(3, 0.7)] * 6
+    assert noise.caps == [2] * 6
+    assert len(noise.draws) == 12
+
+
+def test_units_of_one_record_train_like_records(runtime: Runtime, base: Plan) -> None:
+    found = []
+    for plan, units in ((base, None), (base.replace(BY_PATIENT), torch.arange(len(LABELS)))):
+        bench = runtime.workbench(plan)
+        head = initial_head(plan, CLASSES, bench.adapted.feature_dim)
+        step = StepNoise(1.0, 0.1, 0.0, 0.0, None)
+        found.append(one_round(bench, plan, start(bench), head, step, units=units))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_plan_that_protects_records_ignores_units(runtime: Runtime, base: Plan) -> None:
+    bench = runtime.workbench(base)
+    head = initial_head(base, CLASSES, bench.adapted.feature_dim)
+    noise = Counting()
+    one_round(bench, base, start(bench), head, noise=noise, units=UNITS)
+    assert noise.samples == [(len(LABELS), 1.0)] * 3
+    assert noise.caps == []
+
+
+def test_a_plan_that_protects_a_column_needs_it(runtime: Runtime, base: Plan) -> None:
+    plan = base.replace(BY_PATIENT)
+    bench = runtime.workbench(plan)
+    head = initial_head(plan, CLASSES, bench.adapted.feature_dim)
+    noise = Counting()
+    with pytest.raises(PrivacyError, match=r"privacy\.unit: found 'patient_id'; allowed: record"):
+        one_round(bench, plan, start(bench), head, noise=noise)
+    assert noise.samples == noise.draws == []
 
 
 def test_gradients_are_not_left_behind(runtime: Runtime, base: Plan) -> None:

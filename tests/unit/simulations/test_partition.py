@@ -10,9 +10,11 @@ import torch
 from flwr_datasets import partitioner
 from sklearn.datasets import load_digits
 
-from fedgraft_common.errors import DataError, PlanError
+from fedgraft_common.errors import DataError, PlanError, PrivacyError
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_simulations.partition import Share, load_source, partition
+from fedgraft_simulations.simulate import simulate
+from fedgraft_simulations.sites import SimulatedSites
 
 IID: dict[str, Any] = {"partitioner": "IidPartitioner"}
 
@@ -190,6 +192,121 @@ def test_site_of_two_records_trains_on_one_and_tests_on_the_other(tmp_path: Path
     for fraction in (0.01, 0.99):
         shares = partition(plan({"source": source, "test_fraction": fraction}, IID | {"count": 2}))
         assert [(len(s.train), len(s.test)) for s in shares] == [(1, 1), (1, 1)]
+
+
+# --- units
+
+PATIENTS: dict[str, np.ndarray[Any, Any]] = {
+    "images": np.arange(60 * 64, dtype=np.uint32).reshape(60, 8, 8).astype(np.uint8),
+    "labels": np.arange(60) % 2,
+    "patient_id": np.array([f"p{n * n % 17}" for n in range(60)]),
+}
+PATIENTS["images"][:, 0, 0] = np.arange(60)  # tells the records apart
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.99])
+def test_the_records_of_a_unit_are_on_one_side(tmp_path: Path, count: int, fraction: float) -> None:
+    source = archive(tmp_path, **PATIENTS)
+    data = {"source": source, "test_fraction": fraction}
+    by_patient = plan(data, IID | {"count": count}).replace({"privacy.unit": "patient_id"})
+    shares = partition(by_patient)
+    everyone = 0
+    for share in shares:
+        sides = []
+        for records in (share.train, share.test):
+            rows = (records.images[:, 0, 0, 0] * 255).round().long().numpy()
+            names = PATIENTS["patient_id"][rows]
+            everyone += len(rows)
+            assert records.units is not None
+            values, numbers = np.unique(records.units.numpy(), return_inverse=True)
+            assert values.tolist() == list(range(records.unit_count))
+            for number in values:  # one number, one patient
+                assert len(set(names[numbers == number])) == 1
+            assert len(set(names)) == len(values) >= 1
+            sides.append(set(names))
+        assert not sides[0] & sides[1]
+        units = sum(len(side) for side in sides)
+        assert len(sides[1]) == min(max(1, round(fraction * units)), units - 1)
+    assert everyone == 60
+
+
+def test_a_simulated_site_declares_its_units(tmp_path: Path) -> None:
+    source = archive(tmp_path, **PATIENTS)
+    by_record = plan({"source": source}, IID | {"count": 2})
+    by_patient = by_record.replace({"privacy.unit": "patient_id"})
+    for each in (by_record, by_patient):  # the same data: the unit tells the sites apart
+        simulated = SimulatedSites(each, tmp_path / each.privacy.unit, "cpu")
+        sites, shares = simulated.all(), simulated.shares()
+        declared = [site.config.nominal_size for site in sites]
+        assert declared == [share.train.unit_count for share in shares]
+        fewer = each.privacy.unit != "record"
+        assert [d < len(s.train) for d, s in zip(declared, shares, strict=True)] == [fewer] * 2
+        asked = by_patient.replace({"training.expected_batch": 3.0})
+        if fewer:
+            assert sites[0].step(asked).sample_rate == 3 / declared[0]
+        else:
+            with pytest.raises(PrivacyError, match="site branch-00 do not say which unit"):
+                sites[0].step(asked)
+
+
+def test_a_simulation_protects_patients(tmp_path: Path, resnet_directory: Path) -> None:
+    """From the file to the answers of two sites: a cap, a private head, one round."""
+    changes = {
+        "backbone.source": f"dir:{resnet_directory}",
+        "adapter.method": "film",
+        "head.training": "private",
+        "privacy.unit": "patient_id",
+        "privacy.records_per_unit": 2,
+        "training.expected_batch": 4.0,
+        "rounds.count": 1,
+    }
+    images = np.repeat(np.repeat(PATIENTS["images"], 2, axis=1), 2, axis=2)
+    source = archive(tmp_path, **PATIENTS | {"images": images})
+    by_patient = plan({"source": source}, IID | {"count": 2}).replace(changes)
+    comparison = simulate(by_patient, tmp_path / "run", ("local",), device="cpu")
+    (row,) = comparison.rows
+    units = [share.train.unit_count for share in partition(by_patient)]
+    assert [site.sample_rate for site in comparison.sites] == [4 / n for n in units]
+    assert all(0 < site.epsilon <= by_patient.privacy.epsilon for site in comparison.sites)
+
+
+def test_without_a_column_the_column_is_not_read(tmp_path: Path) -> None:
+    shares = partition(plan({"source": archive(tmp_path, **PATIENTS)}, IID | {"count": 2}))
+    assert all(r.units is None for share in shares for r in (share.train, share.test))
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        (None, "patient_id: found 'no such array'; allowed: 60 strings or integers, for privacy"),
+        (np.arange(59), "patient_id: found '59 identifiers'; allowed: 60, one for each image"),
+        (np.arange(60) / 2, "patient_id: found 'float64.60,.'"),
+    ],
+    ids=["missing", "short", "floats"],
+)
+def test_npz_without_the_units(
+    tmp_path: Path, column: np.ndarray[Any, Any] | None, text: str
+) -> None:
+    arrays = {k: v for k, v in PATIENTS.items() if k != "patient_id"}
+    source = archive(tmp_path, **arrays, **({} if column is None else {"patient_id": column}))
+    by_patient = plan({"source": source}, IID | {"count": 2})
+    with pytest.raises(DataError, match=text):
+        partition(by_patient.replace({"privacy.unit": "patient_id"}))
+
+
+def test_the_digits_have_no_units() -> None:
+    with pytest.raises(DataError) as caught:
+        partition(plan(sites=IID).replace({"privacy.unit": "patient_id"}))
+    assert str(caught.value).startswith("privacy.unit: found 'patient_id'; allowed: record, for")
+
+
+def test_site_with_one_unit_is_too_small(tmp_path: Path) -> None:
+    arrays = PATIENTS | {"patient_id": np.zeros(60, np.int64)}
+    one = plan({"source": archive(tmp_path, **arrays)}, IID | {"count": 2})
+    with pytest.raises(DataError) as caught:
+        partition(one.replace({"privacy.unit": "patient_id"}))
+    assert "branch-00: values of patient_id: found 1; allowed: at least two" in str(caught.value)
 
 
 # --- npz files
