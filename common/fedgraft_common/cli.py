@@ -33,6 +33,7 @@ COMMANDS = {
         "fedgraft_simulations.cli", "Run a plan on this machine, beside the alternatives."
     ),
     "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
+    "server": Command("fedgraft_server.cli", "Set up and run a federation server."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
 }
 
