@@ -178,6 +178,8 @@ def up(
     """Run the SuperLink, the gateway and the backbone service until SIGTERM."""
     import asyncio
 
+    import uvloop
+
     from fedgraft_server import logs
     from fedgraft_server.settings import ServerDirectory
     from fedgraft_server.up import Service, serve
@@ -186,7 +188,8 @@ def up(
     services: list[Service] = []
     if importlib.util.find_spec(_BACKBONE_SERVICE) is not None:
         services.append(importlib.import_module(_BACKBONE_SERVICE).serve)
-    asyncio.run(serve(ServerDirectory(directory.absolute()), services))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(ServerDirectory(directory.absolute()), services))
 
 
 def _duration(text: str) -> dt.timedelta:

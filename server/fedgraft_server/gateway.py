@@ -26,10 +26,11 @@ from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 from typing import Final
 
-import httpx
+import aiohttp
 from cryptography import x509
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from yarl import URL
 
 from fedgraft_common.certificates import certificate_pem
 from fedgraft_common.errors import IdentityError
@@ -95,7 +96,8 @@ class Gateway:
     Args:
         registry: who may connect.
         settings: limits.
-        upstream: HTTP client whose base URL is the SuperLink.
+        upstream: HTTP client, see `upstream_session`.
+        url: the SuperLink's.
         renew: makes a new certificate for (site, the certificate it shows, its request; PEM).
         clock: seconds, monotonic.
     """
@@ -104,7 +106,8 @@ class Gateway:
         self,
         registry: Registry,
         settings: Settings,
-        upstream: httpx.AsyncClient,
+        upstream: aiohttp.ClientSession,
+        url: str,
         renew: Renew,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -112,6 +115,7 @@ class Gateway:
         self._settings = settings
         self._limits = settings.gateway
         self._upstream = upstream
+        self._urls = {path: URL(url + text, encoded=True) for path, text in FLEET_PATHS.items()}
         self._renew = renew
         self._clock = clock
         self._buckets: dict[str, TokenBucket] = {}
@@ -176,7 +180,7 @@ class Gateway:
         length = int(declared) if declared is not None and declared.isdigit() else None
         if length is not None and length > limit:
             raise BodyTooLargeError
-        body: bytes | AsyncIterator[bytes]
+        body: bytes | _Streamed
         if path == _PUSH_MESSAGES or (length is not None and length <= _BUFFERED):
             body = await whole_body(receive, limit)
             if path == _PUSH_MESSAGES and not _speaks_for_itself(body):
@@ -184,7 +188,7 @@ class Gateway:
                 await refuse(send, 400, "a malformed message, or one in another node's name")
                 return
         else:
-            body = body_chunks(receive, limit)
+            body = _Streamed(receive, limit)
             if length is not None:
                 kept.append((b"content-length", str(length).encode()))
         await self._pass_on(site, path, kept, body, send)
@@ -194,38 +198,37 @@ class Gateway:
         site: Site,
         path: bytes,
         headers: Headers,
-        body: bytes | AsyncIterator[bytes],
+        body: bytes | _Streamed,
         send: Send,
     ) -> None:
-        request = self._upstream.build_request(
-            "POST",
-            FLEET_PATHS[path],
-            headers=[*headers, (b"accept-encoding", b"identity")],
-            content=body,
-        )
+        has_begun = False
         try:
-            response = await self._upstream.send(request, stream=True)
-        except httpx.HTTPError as error:
-            if not self._is_upstream_away:
-                LOG.warning(
-                    "the SuperLink does not answer: %s", type(error).__name__,
-                    extra={"action": "superlink-away"},
-                )  # fmt: skip
-            self._is_upstream_away = True
+            async with self._upstream.post(
+                self._urls[path],
+                data=body,
+                headers={name.decode("ascii"): value.decode("latin-1") for name, value in headers},
+                allow_redirects=False,
+            ) as response:
+                self._note_upstream(is_away=False)
+                returned = [
+                    (name.lower(), value)
+                    for name, value in response.raw_headers
+                    if name.lower() in _RETURNED
+                ]
+                status = response.status
+                await send({"type": "http.response.start", "status": status, "headers": returned})
+                has_begun = True
+                async for chunk in response.content.iter_any():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body"})
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(body, _Streamed) and body.error is not None:
+                raise body.error from None
+            self._note_upstream(is_away=True, why=type(error).__name__)
+            if has_begun:  # uvicorn closes the connection; the site sees a broken answer
+                raise
             await refuse(send, 503, "the SuperLink does not answer; try again", last=True)
             return
-        if self._is_upstream_away:
-            LOG.warning("the SuperLink answers again", extra={"action": "superlink-back"})
-            self._is_upstream_away = False
-        try:
-            returned = [(n.lower(), v) for n, v in response.headers.raw if n.lower() in _RETURNED]
-            status = response.status_code
-            await send({"type": "http.response.start", "status": status, "headers": returned})
-            async for chunk in response.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body"})
-        finally:
-            await response.aclose()
         LOG.debug(
             "forwarded",
             extra={"action": "forward", "site": site.name, "path": path.decode(), "status": status},
@@ -244,6 +247,14 @@ class Gateway:
         LOG.info("certificate renewed", extra={"action": "renew", "site": site.name})
         await answer(send, 200, {"certificate": certificate_pem(issued).decode()})
 
+    def _note_upstream(self, is_away: bool, why: str = "") -> None:
+        """Logs a change, not every request."""
+        if is_away and not self._is_upstream_away:
+            LOG.warning("the SuperLink does not answer: %s", why, extra={"action": "away"})
+        elif self._is_upstream_away and not is_away:
+            LOG.warning("the SuperLink answers again", extra={"action": "back"})
+        self._is_upstream_away = is_away
+
     def _facts(self, site: Site) -> dict[str, object]:
         return {
             "federation": self._settings.federation.name,
@@ -251,6 +262,7 @@ class Gateway:
             "groups": site.groups,
             "expires": site.expires.isoformat(),
             "backbone": self._settings.backbone_address,
+            "node_id": site.node_id,
             "time": time.time(),
         }
 
@@ -266,6 +278,41 @@ class Gateway:
         if bucket.take():
             shown = path[:200].decode("ascii", "backslashreplace")
             LOG.warning("refused %s: %s", shown, reason, extra={"action": action, "site": site})
+
+
+def upstream_session(context: ssl.SSLContext) -> aiohttp.ClientSession:
+    """The one pooled client of the SuperLink; close it.
+
+    Args:
+        context: trusts the SuperLink's certificate.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            ssl=context,
+            limit=200,
+            keepalive_timeout=4.0,  # before the SuperLink's own 5 s: no reuse as it closes
+        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=60.0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+    )
+
+
+class _Streamed:
+    """A body on its way through; remembers why it broke off, which the HTTP client wraps."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._chunks = body_chunks(receive, limit)
+        self.error: BodyLostError | BodyTooLargeError | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._chunks:
+                yield chunk
+        except (BodyLostError, BodyTooLargeError) as error:
+            self.error = error
+            raise
 
 
 @lru_cache(maxsize=4096)

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import httpx
-
 from fedgraft_common.errors import ServerError
 from fedgraft_server.authority import (
     Authority,
@@ -24,7 +22,7 @@ from fedgraft_server.authority import (
     renew_server_certificates,
 )
 from fedgraft_server.enrollment import Enrollment
-from fedgraft_server.gateway import Gateway
+from fedgraft_server.gateway import Gateway, upstream_session
 from fedgraft_server.listener import Listener, bind, listener
 from fedgraft_server.registry import Registry, utc_now
 from fedgraft_server.settings import ServerDirectory
@@ -68,23 +66,11 @@ async def serve(
         table = settings.gateway
         sites_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.port)))
         join_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.join_port)))
-        upstream = await stack.enter_async_context(
-            httpx.AsyncClient(
-                base_url=superlink.url,
-                verify=superlink.client_context(),
-                timeout=httpx.Timeout(60.0, connect=5.0),
-                limits=httpx.Limits(
-                    max_connections=200,
-                    max_keepalive_connections=50,
-                    keepalive_expiry=4.0,  # before the SuperLink's own 5 s: no reuse as it closes
-                ),
-                trust_env=False,
-            )
-        )
+        upstream = await stack.enter_async_context(upstream_session(superlink.client_context()))
         enrollment = Enrollment(
             registry, settings, authority, operator_key, now, on_join=joined.set
         )
-        gateway = Gateway(registry, settings, upstream, enrollment.renew)
+        gateway = Gateway(registry, settings, upstream, superlink.url, enrollment.renew)
         sites = listener(gateway, directory.server, directory.ca[0], table.max_connections)
         joining = listener(enrollment, directory.server, None, _JOIN_CONNECTIONS)
 
