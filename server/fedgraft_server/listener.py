@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -30,6 +29,8 @@ MAX_HEAD: Final = 64 * 1024
 """Bytes of a request line and headers."""
 HEAD_TIMEOUT: Final = 15.0
 """Seconds from the connection to the end of its first request's headers."""
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds a client has to read the last answer on a connection."""
 _LOGGED_HANDSHAKES = TokenBucket(rate=1.0, burst=20.0)  # strangers must not fill the disk
 
 
@@ -83,10 +84,15 @@ class PeerCertificateProtocol(HttpToolsProtocol):
         self._deadline.cancel()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        super().on_response_complete()
+        if self.transport.is_closing():  # TLS would read on for 30 s, waiting for a farewell
+            self.loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
+
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        with contextlib.suppress(httptools.HttpParserInvalidURLError):
-            super().data_received(data)
+        super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD and not self.transport.is_closing():

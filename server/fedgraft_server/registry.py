@@ -82,6 +82,9 @@ class Registry:
     Args:
         path: made if it does not exist.
         now: the clock, with time zone.
+
+    Raises:
+        IdentityError: the file is damaged.
     """
 
     def __init__(self, path: Path, now: Callable[[], dt.datetime] = utc_now) -> None:
@@ -90,10 +93,17 @@ class Registry:
         self._database = sqlite3.connect(
             path, timeout=10, isolation_level=None, check_same_thread=False
         )
-        with closing(self._database.cursor()) as cursor:
-            cursor.execute("PRAGMA journal_mode=WAL")
-            cursor.execute("PRAGMA synchronous=FULL")
-            cursor.executescript(_SCHEMA)
+        try:
+            with closing(self._database.cursor()) as cursor:
+                cursor.execute("PRAGMA journal_mode=WAL")
+                cursor.execute("PRAGMA synchronous=FULL")
+                cursor.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise IdentityError(
+                str(path), str(error), "a registry written by fedgraft",
+                "Restore the server's directory from a backup.",
+            ) from None  # fmt: skip
         self._version = -1
         self._sites: dict[str, Site] = {}
         self._certificates: dict[str, _Known] = {}
