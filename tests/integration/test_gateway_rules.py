@@ -201,7 +201,9 @@ def test_a_node_key_with_another_sites_certificate(
         assert connection.ask(PULL, flwr_public_key="")[0] == 403
         assert connection.ask(PULL, flwr_public_key=node_key(north) + "=")[0] == 403
     assert federation.upstream.seen == []
-    assert [vars(r)["action"] for r in caplog.records if hasattr(r, "site")] == ["refuse-node-key"] * 3
+    assert [vars(r)["action"] for r in caplog.records if hasattr(r, "site")] == [
+        "refuse-node-key"
+    ] * 3
 
 
 def test_a_header_that_comes_twice(federation: Federation, north: Identity) -> None:
