@@ -29,7 +29,7 @@ class LineFormatter(logging.Formatter):
         """See logging.Formatter."""
         moment = dt.datetime.fromtimestamp(record.created, dt.UTC)
         facts = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        text = record.getMessage()
+        text = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")  # one line each
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         if self._as_json:

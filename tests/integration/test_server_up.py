@@ -32,6 +32,7 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -277,8 +278,6 @@ def test_a_stolen_node_key_does_not_open_the_nine_calls(
 
 
 def test_malformed_protobuf_hurts_nobody(server: Server, north: Identity) -> None:
-    from flwr.supernode import node_auth_http_interceptor as authentication
-
     with active(server, north) as (client, node):
         for path in FLEET_PATHS.values():
             for body in (b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", os.urandom(2000)):
@@ -286,7 +285,7 @@ def test_malformed_protobuf_hurts_nobody(server: Server, north: Identity) -> Non
                     "POST", f"https://{server.federation.settings.gateway_address}{path}",
                     content=body, headers={"content-type": "application/x-protobuf"},
                 )  # fmt: skip
-                context = authentication.ProtobufRequestContext("", node, request)
+                context = ProtobufRequestContext("", node, request)
                 answer = NodeAuthHttpInterceptor(*north.node_keys).intercept(
                     context, lambda c: client._client.send(c.request)
                 )

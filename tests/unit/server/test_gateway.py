@@ -7,7 +7,6 @@ from pathlib import Path
 
 from flwr.superlink.routers.fleet.router import router
 
-from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.gateway import FLEET_CALLS, FLEET_PATHS
 from fedgraft_server.settings import GatewayTable
 
@@ -29,7 +28,6 @@ def test_nginx_forwards_the_same_paths_and_nothing_else() -> None:
     found = forwarded_by_nginx(NGINX.read_text())
     assert found.pop("superlink") == [f"= {path}" for path in FLEET_PATHS.values()]
     assert found == {"127.0.0.1:19444": ["= /ca", "= /join"]}
-    assert Enrollment.__call__  # which serves those two
 
 
 def test_the_test_above_sees_a_prefix_location() -> None:
