@@ -31,6 +31,7 @@ from fedgraft_common.certificates import (
     read_private_key,
 )
 from fedgraft_common.errors import IdentityError, ServerError
+from fedgraft_server.registry import Registry
 from fedgraft_server.settings import ServerDirectory, Settings
 
 CA_LIFETIME: Final = dt.timedelta(days=3650)
@@ -128,7 +129,7 @@ def requested_key(pem: str) -> ec.EllipticCurvePublicKey:
 
 
 def create(directory: ServerDirectory, settings: Settings, now: dt.datetime) -> Authority:
-    """Writes federation.toml, the CA, both server certificates and the operator's key.
+    """Writes federation.toml, the CA, the server's certificates, operator's key and registry.
 
     Args:
         directory: made here; must not hold a federation yet.
@@ -164,6 +165,7 @@ def create(directory: ServerDirectory, settings: Settings, now: dt.datetime) -> 
     write_atomically(directory.ca[1], private_pem(key))
     write_atomically(directory.ca[0], certificate_pem(certificate))
     renew_server_certificates(directory, settings, authority, now)
+    Registry(directory.registry).close()
     directory.write_settings(settings)  # last: with it the directory counts as a server's
     return authority
 

@@ -157,7 +157,7 @@ def sites(directory: Directory = _HERE, as_json: AsJson = False) -> None:
 def revoke(
     name: Annotated[str, typer.Argument(help="A site's name.")], directory: Directory = _HERE
 ) -> None:
-    """Shut a site out, at once; to let it in again, invite it again."""
+    """Shut a site out, at once, or take back an unused invite; it can be invited again."""
     from fedgraft_server.registry import Registry
     from fedgraft_server.settings import ServerDirectory
 

@@ -80,24 +80,28 @@ class Registry:
     """One file; safe to use from several threads and processes.
 
     Args:
-        path: made if it does not exist.
+        path: made if it does not exist, by one process alone: `fedgraft server init` does it.
         now: the clock, with time zone.
 
     Raises:
-        IdentityError: the file is damaged.
+        IdentityError: the file is damaged or cannot be opened.
     """
 
     def __init__(self, path: Path, now: Callable[[], dt.datetime] = utc_now) -> None:
         self._now = now
         self._lock = threading.RLock()
+        if not path.exists():
+            path.touch(mode=0o600)  # SQLite gives its other files the same mode
         self._database = sqlite3.connect(
             path, timeout=10, isolation_level=None, check_same_thread=False
         )
         try:
             with closing(self._database.cursor()) as cursor:
-                cursor.execute("PRAGMA journal_mode=WAL")
+                if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                    cursor.execute("PRAGMA journal_mode=WAL")
+                    cursor.executescript(_SCHEMA)
                 cursor.execute("PRAGMA synchronous=FULL")
-                cursor.executescript(_SCHEMA)
+                cursor.execute("SELECT 1 FROM certificates LIMIT 1")
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise IdentityError(
@@ -210,15 +214,18 @@ class Registry:
             _insert_certificate(cursor, site.name, certificate, self._now())
 
     def revoke(self, name: str) -> None:
-        """Shuts a site out, with every certificate it has and every invite for its name.
+        """Shuts a site out, with every certificate it has; or takes an unused invite back.
 
         Raises:
-            IdentityError: there is no such site, or it is revoked already.
+            IdentityError: there is no such site or invite, or it is revoked already.
         """
         now = self._now().timestamp()
         with self._transaction() as cursor:
             site = self._sites.get(name)
             if site is None or site.revoked is not None:
+                invites = "DELETE FROM invites WHERE name = ? AND used IS NULL"
+                if cursor.execute(invites, (name,)).rowcount:
+                    return
                 present = ", ".join(s.name for s in self._sites.values() if s.revoked is None)
                 raise IdentityError(
                     "site name", name, f"one of: {present or '(no site has joined)'}",
@@ -229,7 +236,6 @@ class Registry:
                 "UPDATE certificates SET revoked = ? WHERE site = ? AND revoked IS NULL",
                 (now, name),
             )
-            cursor.execute("DELETE FROM invites WHERE name = ? AND used IS NULL", (name,))
 
     # --- looking up
 

@@ -210,11 +210,12 @@ def test_a_header_that_comes_twice(federation: Federation, north: Identity) -> N
     south = federation.join("south")
     with Connection(federation, north) as connection:
         connection.http.putrequest("POST", PULL)
-        for identity in (north, south):
+        for identity in (south, north):
             connection.http.putheader("flwr-public-key", node_key(identity))
         connection.http.putheader("content-length", "0")
         connection.http.endheaders()
-        assert connection.http.getresponse().status == 403
+        response = connection.http.getresponse()
+        assert (response.status, b"came twice" in response.read()) == (403, True)
     assert federation.upstream.seen == []
 
 

@@ -130,12 +130,13 @@ def test_a_revoked_site_is_out_with_every_certificate(
         registry.revoke("north")
 
 
-def test_an_invite_ends_with_the_revocation(registry: Registry, authority: Authority) -> None:
-    join(registry, authority, registry.invite("north", (), HOUR), "key n")
+def test_an_unused_invite_can_be_taken_back(registry: Registry, authority: Authority) -> None:
+    secret = registry.invite("north", (), HOUR)
     registry.revoke("north")
-    again = registry.invite("north", (), HOUR)
-    site = join(registry, authority, again, "key 2")
-    assert site.revoked is None
+    with pytest.raises(IdentityError, match="did not give out or has replaced"):
+        join(registry, authority, secret, "key n")
+    with pytest.raises(IdentityError, match="no site has joined"):
+        registry.revoke("north")
 
 
 def test_certificates_from_before_a_revocation_stay_out_after_joining_again(
