@@ -177,7 +177,10 @@ def up(
 ) -> None:
     """Run the SuperLink, the gateway and the backbone service until SIGTERM."""
     import asyncio
+    import os
 
+    # gRPC would warn about the fork that starts the SuperLink; the child only executes.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
     from fedgraft_server import logs

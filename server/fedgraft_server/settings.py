@@ -56,6 +56,12 @@ class BackboneTable(_Table):
     port: Port = Field(
         default=9445, description="gRPC over mutual TLS, on the gateway's bind address."
     )
+    total_bytes_per_second: int | None = Field(
+        default=None, ge=1, description="To all sites together; unlimited without it."
+    )
+    site_bytes_per_second: int | None = Field(
+        default=None, ge=1, description="To one site; unlimited without it."
+    )
 
 
 class SuperLinkTable(_Table):
@@ -107,9 +113,9 @@ class Settings(_Table):
             content = getattr(self, table)
             lines.append(f"[{table}]  # {(field.annotation.__doc__ or '').strip()}")
             for key, description in type(content).model_fields.items():
-                lines.append(
-                    f"{key} = {_literal(getattr(content, key))}  # {description.description}"
-                )
+                value = getattr(content, key)
+                written = f"# {key} =" if value is None else f"{key} = {_literal(value)}"
+                lines.append(f"{written}  # {description.description}")
             lines.append("")
         return "\n".join(lines)
 
