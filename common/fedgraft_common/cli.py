@@ -35,6 +35,7 @@ COMMANDS = {
     "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
     "site": Command("fedgraft_client.site_cli", "Budget, costs, approval and head of a site."),
     "ledger": Command("fedgraft_client.ledger_cli", "Verify, show or export a privacy ledger."),
+    "server": Command("fedgraft_server.cli", "Set up and run a federation server."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
 }
 

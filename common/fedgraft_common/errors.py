@@ -15,7 +15,9 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
-    └── CheckpointError   a server checkpoint or a site's store
+    ├── CheckpointError   a server checkpoint or a site's store
+    ├── IdentityError     an invite, a certificate, a key, or who may connect
+    └── ServerError       the federation server's directory, ports or processes
 
 Each one says the same four things, so that whoever reads it (a researcher, a hospital's
 IT person) knows what to do next: the field or file, the value found, what is allowed, and
@@ -105,3 +107,11 @@ class MessageError(FedgraftError):
 
 class CheckpointError(FedgraftError):
     """Saved state is missing, damaged or belongs to another plan."""
+
+
+class IdentityError(FedgraftError):
+    """An invite, a certificate or a key cannot be used, or its owner may not connect."""
+
+
+class ServerError(FedgraftError):
+    """The federation server cannot be set up or cannot run."""

@@ -26,6 +26,7 @@ class Name(StrEnum):
     """The benchmarks, in the order in which they run."""
 
     ROUND_OVERHEAD = "round_overhead"
+    GATEWAY_LATENCY = "gateway_latency"
     PREFIX_CACHE = "prefix_cache"
     SECURE_NOISE = "secure_noise"
     THOUSAND_SITES = "thousand_sites"
