@@ -8,6 +8,8 @@
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DataError         a site's records
     ├── MessageError      what arrived over the network
+    ├── LinkError         the connection between a site and the server
+    ├── ServerError       the federation server's directory, ports or processes
     └── CheckpointError   a server checkpoint or a site's store
 
 Each one says the same four things, so that whoever reads it (a researcher, a hospital's
@@ -66,6 +68,14 @@ class DataError(FedgraftError):
 
 class MessageError(FedgraftError):
     """A message does not follow the protocol."""
+
+
+class LinkError(FedgraftError):
+    """A site cannot reach the server, or the server does not let it in."""
+
+
+class ServerError(FedgraftError):
+    """The federation server cannot be set up or cannot run."""
 
 
 class CheckpointError(FedgraftError):
