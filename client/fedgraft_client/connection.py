@@ -21,6 +21,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, cast
 
 import httpx
@@ -66,6 +67,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft_common.errors import LinkError, MessageError
+from fedgraft_common.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,9 @@ class FleetConnection:
         tls: for mutual TLS: trusts our CA only, and has the site's certificate and key loaded.
             None for plain HTTP, which only a loopback address gets.
         limits: what is taken from the network.
+        last_node: the number this site had when it was last connected. A site that vanished counts
+            as connected for a minute, and a connected site is not let in; with its number it can
+            say goodbye first.
 
     Raises:
         LinkError: no connection, or the server does not let this site in.
@@ -131,6 +136,7 @@ class FleetConnection:
         key: ec.EllipticCurvePrivateKey,
         tls: ssl.SSLContext | None,
         limits: Limits | None = None,
+        last_node: int | None = None,
     ) -> None:
         self.address = address
         self.limits = limits or Limits()
@@ -144,7 +150,9 @@ class FleetConnection:
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
-            self._activate(key)
+            self._node = Node(node_id=self._activate(key, last_node))
+            self._heart = HeartbeatSender(self._heartbeat)
+            self._heart.start()
         except BaseException:
             self._client.close()
             raise
@@ -193,9 +201,7 @@ class FleetConnection:
             tree = get_object_tree(reply)
             objects: dict[str, InflatableObject] = get_all_nested_objects(reply)
             contents = {name: thing.deflate() for name, thing in objects.items()}
-        return Outgoing(
-            remove_content_from_message(reply), reply.metadata.run_id, tree, contents
-        )
+        return Outgoing(remove_content_from_message(reply), reply.metadata.run_id, tree, contents)
 
     def send(self, reply: Outgoing) -> None:
         """Sends a reply; it may have been sent before, in part or as a whole.
@@ -253,17 +259,21 @@ class FleetConnection:
         """Closes it."""
         self.close()
 
-    def _activate(self, key: ec.EllipticCurvePrivateKey) -> None:
+    def _activate(self, key: ec.EllipticCurvePrivateKey, last_node: int | None) -> int:
+        request = ActivateNodeRequest(
+            public_key=public_key_to_bytes(key.public_key()),
+            heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+        )
         with _told(self.address):
-            response = self._client.ActivateNode(
-                ActivateNodeRequest(
-                    public_key=public_key_to_bytes(key.public_key()),
-                    heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
-                )
-            )
-        self._node = Node(node_id=response.node_id)
-        self._heart = HeartbeatSender(self._heartbeat)
-        self._heart.start()
+            try:
+                return self._client.ActivateNode(request).node_id
+            except httpx.HTTPStatusError as error:
+                reason = _flower_error(error.response)
+                occupied = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+                if last_node is None or reason is None or reason.code != occupied:
+                    raise
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=last_node))
+            return self._client.ActivateNode(request).node_id
 
     def _heartbeat(self) -> bool:
         """Whether the server heard it; Flower's sender tries again soon if it did not."""
@@ -311,6 +321,53 @@ class FleetConnection:
             )
         except ObjectPullError as error:
             raise _malformed(str(error)) from None
+
+
+class Dialler:
+    """Makes one connection after the other, and remembers the site's number between them.
+
+    Args:
+        address: see `FleetConnection`.
+        key: see `FleetConnection`.
+        tls: see `FleetConnection`.
+        limits: see `FleetConnection`.
+        memory: a file for the number, so that a site that was killed is let in at once.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        key: ec.EllipticCurvePrivateKey,
+        tls: ssl.SSLContext | None,
+        limits: Limits | None = None,
+        memory: Path | None = None,
+    ) -> None:
+        self._address = address
+        self._key = key
+        self._tls = tls
+        self._limits = limits
+        self._memory = memory
+        self._node = self._remembered()
+
+    def __call__(self) -> FleetConnection:
+        """A connection.
+
+        Raises:
+            LinkError: no connection, or the server does not let this site in.
+        """
+        connection = FleetConnection(self._address, self._key, self._tls, self._limits, self._node)
+        if connection.node_id != self._node:
+            self._node = connection.node_id
+            if self._memory is not None:
+                write_atomically(self._memory, str(self._node).encode(), durable=False)
+        return connection
+
+    def _remembered(self) -> int | None:
+        try:
+            text = self._memory.read_text(encoding="ascii") if self._memory is not None else ""
+            return int(text) if text else None
+        except (OSError, ValueError):
+            return None  # it only saves a minute
 
 
 class _Headers:

@@ -5,7 +5,7 @@
        +------ wait (exponential, full jitter) <--+  whenever the connection fails
 
 A site asks; nobody calls it. Questions are close together while a run is active and further apart
-the longer nothing came, so an idle site costs next to nothing and a busy one loses about a hundredth
+the longer nothing came: an idle site costs next to nothing, a busy one loses about a hundredth
 of a round's time. A reply that could not be sent is kept and sent again, the same bytes, before
 anything else is asked.
 
@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp
 from fedgraft_client.connection import Outgoing, RunOver
 from fedgraft_client.health import Health, State
 from fedgraft_common.errors import FedgraftError, MessageError
-from fedgraft_common.messages import STATUS, Status, read_status, write_reply
+from fedgraft_common.messages import PLAN, ROUND, STATUS, Status, read_status, write_reply
 
 log = logging.getLogger(__name__)
 
@@ -192,19 +192,18 @@ class Daemon:
         run = str(message.metadata.run_id)
         self.health.run = run
         self._enter(State.WORKING)
-        facts = {"run": run, "round": message.metadata.group_id, "site": self.name}
+        facts = {"run": run, "round": _asked_round(message), "site": self.name}
         log.info("received a request", extra={"action": "receive", **facts})
         reply = self._answer(message, connection.node_id)
         self._pending = connection.prepare(reply)
-        status, number = read_status(reply), _round(reply)
-        self.health.round = number if status is Status.OK else self.health.round
+        status = read_status(reply)
+        if status is Status.OK:
+            self.health.round = _number(reply, STATUS)
         log.info("answered: %s", status, extra={"action": "answer", **facts})
         return True
 
     def _answer(self, message: Message, node: int) -> Message:
-        context = Context(
-            message.metadata.run_id, node, UserConfig(), RecordDict(), UserConfig()
-        )
+        context = Context(message.metadata.run_id, node, UserConfig(), RecordDict(), UserConfig())
         try:
             return self.app(message, context)
         except Exception as error:  # its text stays here
@@ -239,9 +238,7 @@ class Daemon:
         wait = self.pace.retry(self._failures, self.draw())
         self._enter(State.CONNECTING, connected=False)
         self._note(error, "disconnect")
-        log.info(
-            "next attempt in %.1f s", wait, extra={"action": "wait", "site": self.name}
-        )
+        log.info("next attempt in %.1f s", wait, extra={"action": "wait", "site": self.name})
         self._wait(wait)
 
     def _wait(self, seconds: float) -> None:
@@ -294,7 +291,11 @@ class Daemon:
                 signal.signal(number, handler)
 
 
-def _round(reply: Message) -> int:
-    config = reply.content.config_records.get(STATUS) if reply.has_content() else None
-    number = config.get("round", 0) if config is not None else 0
+def _asked_round(message: Message) -> int | None:
+    return _number(message, PLAN) or None
+
+
+def _number(message: Message, record: str) -> int:
+    config = message.content.config_records.get(record) if message.has_content() else None
+    number = config.get(ROUND, 0) if config is not None else 0
     return number if isinstance(number, int) else 0

@@ -26,6 +26,7 @@ class Name(StrEnum):
     """The benchmarks, in the order in which they run."""
 
     ROUND_OVERHEAD = "round_overhead"
+    FEDERATION_OVERHEAD = "federation_overhead"
     PREFIX_CACHE = "prefix_cache"
     THOUSAND_SITES = "thousand_sites"
     DIGITS_VIT = "digits_vit"
