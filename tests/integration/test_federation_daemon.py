@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedgraft_client.app import client_app, packed
-from fedgraft_client.connection import Dialler, FleetConnection
+from fedgraft_client.connection import Dialler, FleetConnection, RunOver
 from fedgraft_client.daemon import Daemon, Pace
 from fedgraft_client.health import State, read_health
 from fedgraft_common.errors import LinkError, ServerError
@@ -218,7 +219,7 @@ def test_a_hostile_bundle_does_nothing_at_a_site(
     assert {"PullMessages", "PushMessages", "DeactivateNode"} <= set(calls)
 
 
-def test_a_site_that_is_killed_and_restarted_is_asked_again(
+def test_a_site_that_is_killed_and_restarted_takes_part_again(
     server: Runs, vit_directory: Path, tmp_path: Path
 ) -> None:
     plan = Plan().replace(
@@ -227,7 +228,7 @@ def test_a_site_that_is_killed_and_restarted_is_asked_again(
             "backbone.pooling": "mean",
             "adapter.method": "lora",
             "privacy.mechanism": "none",
-            "rounds.count": 12,
+            "rounds.count": 8,
             "rounds.deadline": 120.0,
             "aggregation.sites": SITES,
         }
@@ -246,16 +247,15 @@ def test_a_site_that_is_killed_and_restarted_is_asked_again(
             log = tmp_path / f"{names[number]}.log"
             return stack.enter_context(process(commands[number], tmp_path / "home", log))
 
-        def finished() -> int:
-            return len(list((tmp_path / "run").glob("round-*"))) and int(
-                max((tmp_path / "run").glob("round-*")).stem.partition("-")[2]
-            )
+        def reached(round_number: int) -> bool:
+            names = (path.stem for path in (tmp_path / "run").glob("round-*"))
+            return max(names, default="") >= f"round-{round_number:06d}"
 
         processes = [start(0), start(1)]
         until(lambda: len(nodes_of(server, *names)) == SITES, "both connected")
         number = server.start(plan, tmp_path / "run", nodes_of(server, *names))
         for round_number in (2, 5):
-            until(lambda n=round_number: finished() >= n, f"round {round_number} finished")
+            until(partial(reached, round_number), f"round {round_number} finished")
             processes[1].kill()
             processes[1].wait()
             processes[1] = start(1)
@@ -263,7 +263,6 @@ def test_a_site_that_is_killed_and_restarted_is_asked_again(
         assert final_adapter(plan, tmp_path / "run")
         log = "".join(server.logs(number))
         assert log.count("2 updates") == plan.rounds.count
-        assert "again" in log
 
         processes[0].send_signal(signal.SIGTERM)
         until(lambda: not processes[0].is_running() or processes[0].status() == "zombie", "ended")
@@ -275,6 +274,52 @@ def test_a_site_that_is_killed_and_restarted_is_asked_again(
         assert actions[0] == "connect"
         assert actions[-1] == "stop"
         until(lambda: len(nodes_of(server, *names)) == 1, "said goodbye")
+
+
+def test_a_request_that_was_lost_at_a_site_is_sent_again(
+    server: Runs, vit_directory: Path, tmp_path: Path
+) -> None:
+    plan = Plan().replace(
+        {
+            "backbone.source": f"dir:{vit_directory}",
+            "backbone.pooling": "mean",
+            "privacy.mechanism": "none",
+            "rounds.count": 1,
+            "rounds.deadline": 60.0,
+            "aggregation.sites": 1,
+            "aggregation.minimum_sites": 1,
+        }
+    )
+    key = ec.generate_private_key(ec.SECP384R1())
+    node = server.register(public_key_to_bytes(key.public_key()), "forgetful")
+    memory = tmp_path / "node"
+    connection = Dialler(server.address, key, tls=None, memory=memory)()
+    received: list[Message] = []
+
+    def ask() -> bool:
+        message = connection.receive()
+        received.extend([message] if message is not None else [])
+        return message is not None
+
+    number = server.start(plan, tmp_path / "run", [node])
+    until(ask, "asked")
+    lost = connection  # killed: no reply and no goodbye
+    connection = Dialler(server.address, key, tls=None, memory=memory)()
+    assert connection.node_id == node
+    until(ask, "asked again")
+    first, second = received
+    assert first.metadata.message_id != second.metadata.message_id
+    assert first.content == second.content
+    adapter = second.content.array_records["adapter"]
+    reply = connection.prepare(write_reply(second, 1, Status.OK, adapter))
+    connection.send(reply)
+    connection.send(reply)  # a second time does no harm
+    finish(server, number)
+    assert "asking node" in "".join(server.logs(number))
+    with pytest.raises(RunOver):
+        connection.send(connection.prepare(write_reply(second, 2, Status.OK, adapter)))
+    connection.close()
+    lost.close()
 
 
 def test_a_site_that_is_not_registered_is_told_so(server: Runs) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.proto.message_pb2 import ObjectTree
@@ -29,7 +30,9 @@ def request(number: int = 1, kind: str = "train") -> Message:
         group_id="", created_at=0.0, ttl=1e9, message_type=kind,
     )  # fmt: skip
     plan = ConfigRecord({"plan": "{}", "round": number})
-    return Message(metadata=metadata, content=RecordDict({"adapter": ArrayRecord(), "plan": plan}))
+    return make_message(
+        metadata=metadata, content=RecordDict({"adapter": ArrayRecord(), "plan": plan})
+    )
 
 
 class World:
@@ -102,6 +105,19 @@ def daemon(
     )  # fmt: skip
 
 
+def stop_and_echo(made: Daemon, message: Message) -> Message:
+    made.stop()
+    return echo(message)
+
+
+def also(*actions: Callable[[float], None]) -> Callable[[float], None]:
+    def act(seconds: float) -> None:
+        for action in actions:
+            action(seconds)
+
+    return act
+
+
 def run(world: World, **options: object) -> Daemon:
     """Runs until nothing is left to happen."""
     made = daemon(world, **options)  # type: ignore[arg-type]
@@ -156,7 +172,7 @@ def test_a_success_makes_the_next_wait_short_again() -> None:
     world.connect_errors = [LOST] * 8
     made = daemon(world)
     waits: list[float] = []
-    made.sleep = lambda s: (waits.append(world.now), world.sleep(s))[1]
+    made.sleep = also(lambda s: waits.append(world.now), world.sleep)
     world.idle = made.stop
     made.run()
     assert world.connections == 2
@@ -212,7 +228,7 @@ def test_what_goes_wrong_in_the_app_stays_here(kind: str, caplog: pytest.LogCapt
 
 def test_it_finishes_the_round_and_sends_the_reply_when_told_to_stop() -> None:
     world = World(request(1), request(2))
-    made = daemon(world, lambda message: (made.stop(), echo(message))[1])
+    made = daemon(world, lambda message: stop_and_echo(made, message))
     made.run()
     assert [m.metadata.reply_to_message_id for m in world.sent] == ["m1"]
     assert world.questions == [0.0]
@@ -222,7 +238,7 @@ def test_it_finishes_the_round_and_sends_the_reply_when_told_to_stop() -> None:
 def test_draining_gives_up_on_a_server_that_is_gone() -> None:
     world = World(request(1))
     world.send_errors = [LOST] * 1000
-    made = daemon(world, lambda message: (made.stop(), echo(message))[1], Pace(drain=30.0))
+    made = daemon(world, lambda message: stop_and_echo(made, message), Pace(drain=30.0))
     made.run()
     assert not world.sent
     assert 30.0 <= world.now < 31.0
@@ -232,7 +248,7 @@ def test_it_stops_at_once_while_it_waits_for_a_server() -> None:
     world = World()
     world.connect_errors = [LOST] * 1000
     made = daemon(world)
-    made.sleep = lambda s: (world.sleep(s), made.stop())[0]
+    made.sleep = also(world.sleep, lambda s: made.stop())
     made.run()
     assert world.connections == 0
     assert world.now <= 0.25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ class Superlink(Grid):
     def run(self) -> Run:
         return Run.create_empty(1)
 
-    def create_message(self, *_: object, **__: object) -> Message:  # type: ignore[override]
+    def create_message(self, *_: object, **__: object) -> Message:
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
@@ -75,8 +76,8 @@ class Superlink(Grid):
                 since = str(end) if node.offline and self.now >= end else "0"
                 yield NodeInfo(node_id=number, status="online", last_activated_at=since)
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
+    def push_messages(self, messages: Iterable[Message]) -> list[Any]:
+        ids: list[str | None] = []
         for message in messages:
             number = message.metadata.dst_node_id
             node = self.nodes[number]
@@ -96,7 +97,7 @@ class Superlink(Grid):
                     reply.metadata.__dict__["_src_node_id"] = 99
                 self.due[name] = (self.now + node.delay, reply)
             ids.append(name)
-        return ids  # type: ignore[return-value]
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         wanted = set(message_ids)
@@ -104,14 +105,14 @@ class Superlink(Grid):
         ready = [name for name in sorted(wanted) if self.due.get(name, (1e9,))[0] <= self.now]
         return [self.due.pop(name)[1] for name in ready]
 
-    def send_and_receive(self, *_: object, **__: object) -> Iterable[Message]:  # type: ignore[override]
+    def send_and_receive(self, *_: object, **__: object) -> Iterable[Message]:
         raise AssertionError("Flower's own loop sleeps three seconds")
 
 
-def grid_over(link: Superlink, sites: set[int] | None = None, **options: object) -> SuperlinkGrid:
+def grid_over(link: Superlink, sites: set[int] | None = None, **options: Any) -> SuperlinkGrid:
     return SuperlinkGrid(
         link, sites or set(link.nodes), clock=lambda: link.now, sleep=link.sleep, **options
-    )  # type: ignore[arg-type]
+    )
 
 
 def requests(grid: SuperlinkGrid) -> list[Message]:
