@@ -61,6 +61,7 @@ class Asked:
         message: what it was sent.
         ids: the request's ids, one for each time it was sent.
         activation: when the site had last connected, as it was sent; empty if it had not.
+        attempts: how often it was sent.
         sent: clock at the last attempt.
         lost: whether Flower said that the request or its reply is gone.
     """
@@ -68,6 +69,7 @@ class Asked:
     message: Message
     ids: set[str] = field(default_factory=set)
     activation: str = ""
+    attempts: int = 0
     sent: float = 0.0
     lost: bool = False
 
@@ -227,14 +229,15 @@ class SuperlinkGrid(Grid):
             return
         copies = [_copy(asked.message, left) for asked in owing.values()]
         for (node, asked), name in zip(owing.items(), self.push_messages(copies), strict=True):
-            if asked.ids:
+            asked.attempts += 1
+            if asked.attempts > 1:
                 log.info("asking node %d again", node, extra={"action": "resend"})
                 self._replies.forget(node)
             asked.lost = not name
             asked.activation = connected.get(node, "")
             asked.sent = self._clock()
             if name:
-                asked.ids = {name}
+                asked.ids.add(name)
 
     def _accept(self, reply: Message, owing: dict[int, Asked]) -> int | None:
         """The site a reply is from, if that site owes one; a lost request is noted."""

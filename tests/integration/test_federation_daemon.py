@@ -38,7 +38,7 @@ from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.sites import SimulatedSites
 
 SITES = 2
-WAIT = 60.0
+WAIT = 120.0  # seconds; the machine may be busy
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,17 @@ def test_a_site_that_restarted_is_asked_again() -> None:
     assert link.now < 35.0
 
 
+def test_asking_again_is_logged_and_a_reply_to_either_request_counts_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    link = Superlink({1: Node(1.0), 2: Node(10.0, offline=(5.0, 6.0))})
+    grid = grid_over(link)
+    with caplog.at_level("INFO", "fedgraft_server"):
+        assert nodes_of(grid.send_and_receive(requests(grid), timeout=100.0)) == [1, 2]
+    assert [r.message for r in caplog.records] == ["asking node 2 again"]
+    assert link.pulled[-1] == {"2-0", "2-1"}
+
+
 def test_a_site_that_was_away_is_asked_when_it_connects() -> None:
     link = Superlink({1: Node(1.0), 2: Node(1.0, offline=(0.0, 20.0))})
     grid = grid_over(link)
