@@ -1,6 +1,7 @@
 """A site as a Flower ClientApp: a plain function from a request message to a reply message.
 
-The same app answers in a simulation (in-process or on Ray) and in production.
+The same app answers in a simulation (in-process or on Ray) and in production. A request that a
+network carried has its adapter packed into one array; the reply then is packed too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedgraft_client.egress import guard_package
 from fedgraft_client.site import Site
-from fedgraft_common.messages import Status, write_counts, write_reply
+from fedgraft_common.errors import MessageError
+from fedgraft_common.messages import ADAPTER, Status, write_counts, write_reply
+from fedgraft_common.packing import is_packed, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +27,7 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
     Args:
         site_for: finds the site that a message is for.
     """
-    app = ClientApp()
+    app = ClientApp(mods=[packed])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -44,3 +48,21 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
         return site.evaluate(message)
 
     return app
+
+
+def packed(message: Message, context: Context, answer: Callable[..., Message]) -> Message:
+    """Flower mod: unpacks a packed request, and packs its reply."""
+    content = message.content.array_records if message.has_content() else {}
+    adapter = content.get(ADAPTER)
+    if adapter is None or not is_packed(adapter):
+        return answer(message, context)
+    try:
+        message.content[ADAPTER] = unpack(adapter)
+    except MessageError as error:
+        log.warning("refused a message: %s", error)
+        return write_reply(message, 0, Status.MESSAGE)
+    reply = answer(message, context)
+    if reply.has_content() and ADAPTER in reply.content.array_records:
+        plain = reply.content.array_records[ADAPTER]
+        reply.content[ADAPTER] = guard_package(pack(plain), plain)
+    return reply

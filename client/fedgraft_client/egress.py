@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedgraft_common.errors import EgressError, FedgraftError
 from fedgraft_common.messages import (
@@ -31,6 +31,7 @@ from fedgraft_common.messages import (
     from_record,
     read_counts,
 )
+from fedgraft_common.packing import PACKAGE, is_packed, pack, unpack
 
 MAXIMUM_BYTES = 2**31
 """Largest adapter that may leave, in bytes of its tensors; Flower's messages end there too."""
@@ -100,6 +101,24 @@ def guard_counts(reply: Message, number: int, committed: str | None = None) -> M
     if committed is None or found != committed:
         raise _stopped("counts", found[:16], "those that the ledger committed")
     return reply
+
+
+def guard_package(package: ArrayRecord, passed: ArrayRecord) -> ArrayRecord:
+    """Lets the package of a guarded record pass: the same tensors, and not a byte more.
+
+    Raises:
+        EgressError: it holds anything else.
+    """
+    if not passed:
+        same = not package
+    else:
+        inside = unpack(package) if is_packed(package) else ArrayRecord()
+        same = (
+            digest(inside) == digest(passed) and package[PACKAGE].data == pack(inside)[PACKAGE].data
+        )
+    if not same:
+        raise _stopped("packed adapter", "other bytes", "the adapter that passed the guard")
+    return package
 
 
 def digest_counts(counts: Counts) -> str:

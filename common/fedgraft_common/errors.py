@@ -15,6 +15,7 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
+    ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
     └── ServerError       the federation server's directory, ports or processes
@@ -103,6 +104,10 @@ class EgressError(FedgraftError):
 
 class MessageError(FedgraftError):
     """A message does not follow the protocol."""
+
+
+class LinkError(FedgraftError):
+    """A site cannot reach the server, or the server does not let it in."""
 
 
 class CheckpointError(FedgraftError):

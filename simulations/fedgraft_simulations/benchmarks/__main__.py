@@ -27,6 +27,7 @@ class Name(StrEnum):
 
     ROUND_OVERHEAD = "round_overhead"
     GATEWAY_LATENCY = "gateway_latency"
+    FEDERATION_OVERHEAD = "federation_overhead"
     PREFIX_CACHE = "prefix_cache"
     SECURE_NOISE = "secure_noise"
     THOUSAND_SITES = "thousand_sites"

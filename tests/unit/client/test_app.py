@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedgraft_client.app import client_app
 from fedgraft_client.data import Records
@@ -14,6 +14,7 @@ from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore
 from fedgraft_common.messages import Status, read_status, to_record
+from fedgraft_common.packing import is_packed, pack, unpack
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.local_grid import LocalGrid
 
@@ -90,3 +91,51 @@ def test_other_kinds_of_message_are_not_answered(plan: Plan, kind: str) -> None:
     message = grid.create_message(content(plan, Runtime("cpu")), kind, node, "1")
     with pytest.raises(ValueError, match=f"No {kind} function registered"):
         grid.send_and_receive([message])
+
+
+def test_a_packed_request_gets_a_packed_reply_with_the_same_values(
+    plan: Plan, tmp_path: Path
+) -> None:
+    runtime = Runtime("cpu")
+
+    def answer(name: str, adapter: ArrayRecord) -> Message:
+        records = Records(
+            torch.rand(6, 1, 16, 16, generator=torch.manual_seed(0)), torch.arange(6) % 2
+        )
+        config = SiteConfig("site", ("a", "b"), 6, simulated=True)
+        site = Site(config, records, runtime, SiteStore(tmp_path / name))
+        grid = LocalGrid(client_app(lambda context: site), count=1)
+        whole = content(plan, runtime)
+        whole["adapter"] = adapter
+        [reply] = grid.send_and_receive([grid.create_message(whole, "train", 1, "1")])
+        return reply
+
+    adapter = to_record(runtime.workbench(plan).initial)
+    plain = answer("plain", adapter).content.array_records["adapter"]
+    packed = answer("packed", pack(adapter)).content.array_records["adapter"]
+    assert not is_packed(plain)
+    assert is_packed(packed)
+    found = unpack(packed)
+    assert list(found) == list(plain)
+    assert all(found[name].data == array.data for name, array in plain.items())
+
+
+def test_a_damaged_package_is_refused_without_a_look_at_the_data(
+    plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Runtime("cpu")
+    asked: list[int] = []
+
+    def find(context: Context) -> Site:
+        asked.append(1)
+        raise AssertionError
+
+    grid = LocalGrid(client_app(find), count=1)
+    whole = content(plan, runtime)
+    whole["adapter"] = pack(whole.array_records["adapter"])
+    package = whole.array_records["adapter"]["package"]
+    package.data = package.data[:-1]
+    [reply] = grid.send_and_receive([grid.create_message(whole, "train", 1, "1")])
+    assert read_status(reply) is Status.REFUSED
+    assert not asked
+    assert "packed adapter" in caplog.text

@@ -11,9 +11,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgraft_client.egress import guard
-from fedgraft_common.errors import EgressError
+from fedgraft_client.egress import guard, guard_package
+from fedgraft_common.errors import EgressError, MessageError
 from fedgraft_common.messages import Status, TensorSpec, digest, to_record, write_reply
+from fedgraft_common.packing import pack
 
 SCHEMA = (TensorSpec("a.lora_B.weight", (3, 2)), TensorSpec("b.weight", (4,)))
 ADAPTER = {"a.lora_B.weight": torch.randn(3, 2), "b.weight": torch.randn(4)}
@@ -178,3 +179,24 @@ def test_flowers_error_reply_is_stopped() -> None:
     made = Message(Error(0, "patient 4711"), reply_to=request())
     with pytest.raises(EgressError, match="an error or nothing"):
         guard(made, 0)
+
+
+def test_a_package_holds_what_passed() -> None:
+    plain = to_record(ADAPTER)
+    package = pack(plain)
+    assert guard_package(package, plain) is package
+    empty = ArrayRecord()
+    assert guard_package(pack(empty), empty) == empty
+    whole = package["package"]
+    longer = Array(whole.dtype, whole.shape, whole.stype, whole.data + b"4711")
+    for other in (
+        ArrayRecord({"package": longer}),
+        ArrayRecord({"package": whole, "more": whole}),
+        pack(to_record({**ADAPTER, "b.weight": torch.zeros(4)})),
+        plain,
+        empty,
+    ):
+        with pytest.raises((EgressError, MessageError), match="packed adapter"):
+            guard_package(other, plain)
+    with pytest.raises(EgressError, match="packed adapter"):
+        guard_package(package, empty)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import ServerApp
 from rich.console import Console
 from transformers import ViTConfig, ViTModel
 
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_common.adapted import adapted_backbone
+from fedgraft_common.messages import Status, read_status, to_record
+from fedgraft_common.packing import pack
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.benchmarks import (
     digits_vit,
+    echo_site,
+    federation_overhead,
     glyph_vit,
     peer,
     prefix_cache,
@@ -27,6 +34,7 @@ from fedgraft_simulations.benchmarks import (
 )
 from fedgraft_simulations.benchmarks.__main__ import Name
 from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way, alternate
+from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.partition import partition
 
 
@@ -165,6 +173,34 @@ def test_the_echo_site_follows_the_protocol(vit_directory: Path, tmp_path: Path)
     assert len(engine.total) == len(engine.later) == 1
     for name, tensor in engine.adapter.items():
         torch.testing.assert_close(tensor, start[name])  # the mean of equal replies
+
+
+def test_the_networked_echo_sends_something_new_from_every_site_in_every_round() -> None:
+    """What is equal would not travel: Flower addresses objects by their hash."""
+    seen = set()
+    for node in (3, 4):
+        context = local_context(0, 1)
+        context.node_id = node
+        for number in (1, 2):
+            grid = LocalGrid(echo_site.app, 1)
+            plan = ConfigRecord({"plan": "{}", "round": number})
+            adapter = to_record({"a": torch.zeros(3), "b": torch.ones(2, 2)})
+            content = RecordDict({"adapter": pack(adapter), "plan": plan})
+            message = grid.create_message(content, "train", 1, "")
+            reply = echo_site.app(message, context)
+            assert read_status(reply) is Status.OK
+            seen.add(reply.content.array_records["adapter"]["package"].data)
+    assert len(seen) == 4
+
+
+def test_the_networked_ways_run_the_same_plan_with_their_own_apps() -> None:
+    for server in ("fedgraft_app", "flower_app"):
+        [text] = federation_overhead.bundle(server).values()
+        named = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["components"]
+        module, _, name = named["serverapp"].partition(":")
+        assert isinstance(getattr(import_module(module), name), ServerApp)
+        module, _, name = named["clientapp"].partition(":")
+        assert getattr(import_module(module), name) is echo_site.app
 
 
 def test_a_small_crowd_of_sites_runs_in_one_process(resnet_directory: Path, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The ServerApp that a SuperLink runs: it reads what to do and does it.
+
+Flower loads `app` by name, from the bundle that `fedgraft_server.runs` sends. What the run is comes
+with it as run configuration:
+
+    plan        canonical JSON of the plan
+    directory   of the run, on the server: checkpoints and the exported adapter
+    sites       node ids of the sites that take part, with commas between them
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from flwr.app import Context, UserConfig
+from flwr.serverapp import Grid, ServerApp
+
+from fedgraft_common.errors import ServerError
+from fedgraft_common.logs import set_up_logs
+from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_server.federation import RoundSummary, run_federation
+from fedgraft_server.superlink_grid import SuperlinkGrid
+
+log = logging.getLogger(__name__)
+GATHERING = 30.0  # seconds that the first round waits for every site to be connected
+
+
+def read_run_config(config: UserConfig) -> tuple[Plan, Path, frozenset[int]]:
+    """Plan, directory and sites of a run.
+
+    Raises:
+        PlanError: the plan is wrong.
+        ServerError: another entry is missing or wrong.
+    """
+    text, directory, sites = (str(config.get(key, "")) for key in ("plan", "directory", "sites"))
+    try:
+        document = json.loads(text)
+    except ValueError:
+        raise _wrong("plan", text[:40], "a plan as canonical JSON") from None
+    plan = parse_plan(document, origin="run configuration")
+    if not directory:
+        raise _wrong("directory", directory, "a directory of the server")
+    try:
+        nodes = frozenset(int(part) for part in sites.split(","))
+    except ValueError:
+        raise _wrong("sites", sites, "node ids with commas between them") from None
+    return plan, Path(directory), nodes
+
+
+def _wrong(key: str, found: str, allowed: str) -> ServerError:
+    return ServerError(
+        f"run configuration: {key}", found, allowed, "Start runs with `fedgraft run`."
+    )
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the plan over the sites that were named, from its newest checkpoint."""
+    set_up_logs()  # Flower sends what this process writes to `fedgraft logs`
+    plan, directory, sites = read_run_config(context.run_config)
+    enough = plan.aggregation.minimum_sites
+    if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
+        enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
+    superlink = SuperlinkGrid(grid, sites, enough)
+    count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
+    log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
+
+    def note(summary: RoundSummary) -> None:
+        facts = {"action": "round", "round": summary.number}
+        log.info("round %d: %d updates", summary.number, summary.sites, extra=facts)
+
+    run_federation(plan, superlink, directory, note)

@@ -1,0 +1,113 @@
+"""Replies as they arrive, object by object: the only file here that knows Flower's Runtime calls.
+
+A SuperLink announces a reply before its objects are there. Flower's own `pull_messages` then waits
+a second before it looks again, and as long as it takes (up to hours) before it hands over the other
+replies; one site that died while it sent would hold up the round. Here a reply that is not complete
+is looked at again the next time, and nobody waits for it.
+
+`tests/unit/server/test_replies.py` pins every name used here to flwr 1.41.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.superlink.grid import HttpGrid
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Arriving:
+    """A reply that was announced.
+
+    Attributes:
+        reply_to: id of the request it answers.
+        node: who sent it.
+        missing: objects that are not here yet, leaves first.
+        contents: those that are.
+    """
+
+    reply_to: str
+    node: int
+    missing: list[str]
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+class Replies:
+    """Collects replies through the grid that Flower gives to a ServerApp.
+
+    Args:
+        grid: Flower's `HttpGrid`; any other grid is asked through its public `pull_messages`.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._arriving: dict[str, Arriving] = {}
+
+    def collect(self, request_ids: Collection[str]) -> list[Message]:
+        """The replies to these requests that are complete by now; each is returned once."""
+        if not isinstance(self._grid, HttpGrid):
+            return list(self._grid.pull_messages(request_ids))
+        announced = {arriving.reply_to for arriving in self._arriving.values()}
+        if awaited := [name for name in request_ids if name not in announced]:
+            self._announce(self._grid, awaited)
+        return [
+            reply
+            for name, arriving in list(self._arriving.items())
+            if (reply := self._complete(self._grid, name, arriving)) is not None
+        ]
+
+    def forget(self, node: int) -> None:
+        """Drops what a node had begun to send: it has restarted."""
+        for name, arriving in list(self._arriving.items()):
+            if arriving.node == node:
+                del self._arriving[name]
+
+    def _announce(self, grid: HttpGrid, request_ids: list[str]) -> None:
+        response = grid._runtime_client.PullMessages(
+            PullAppMessagesRequest(message_ids=request_ids)
+        )
+        for message, tree in zip(
+            response.messages_list, response.message_object_trees, strict=True
+        ):
+            parts = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
+            self._arriving[message.metadata.message_id] = Arriving(
+                message.metadata.reply_to_message_id, message.metadata.src_node_id, list(parts)
+            )
+
+    def _complete(self, grid: HttpGrid, name: str, arriving: Arriving) -> Message | None:
+        client, run = grid._runtime_client, grid.run.run_id
+        while arriving.missing:
+            part = arriving.missing[0]
+            response = client.PullObject(
+                PullObjectRequest(node=grid.node, run_id=run, object_id=part)
+            )
+            if response.object_found and not response.object_available:
+                return None
+            if not response.object_found or get_object_id(response.object_content) != part:
+                log.warning("node %d: its reply was lost on the way", arriving.node)
+                del self._arriving[name]
+                return None
+            arriving.contents[part] = response.object_content
+            del arriving.missing[0]
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=name)
+        )
+        del self._arriving[name]
+        try:
+            reply = cast(Message, inflate_object_from_contents(name, arriving.contents))
+            reply.metadata.__dict__["_message_id"] = name
+        except Exception as error:
+            log.warning("node %d: its reply is malformed (%s)", arriving.node, error)
+            return None
+        return reply

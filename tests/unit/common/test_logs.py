@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from fedgraft_common.logs import set_up_logs
+
+NAMES = ("fedgraft_common", "fedgraft_client", "fedgraft_server", "fedgraft_simulations", "flwr")
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = {}
+    for name in NAMES:
+        logger = logging.getLogger(name)
+        before[name] = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    for name, (handlers, level, propagate) in before.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def lines(as_json: bool) -> list[str]:
+    stream = io.StringIO()
+    set_up_logs(as_json, stream=stream)
+    log = logging.getLogger("fedgraft_client.daemon")
+    extra = {"action": "answer", "run": "7", "round": 3, "site": "ward 3", "accuracy": 0.91}
+    log.info("answered: %s", "ok", extra=extra)
+    log.info("two\nlines")
+    log.debug("not written")
+    logging.getLogger("flwr").info("not written either")
+    logging.getLogger("flwr").warning("of Flower's")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        log.exception("it failed", extra={"action": "fail", "round": None})
+    return stream.getvalue().splitlines()
+
+
+def test_json_lines_hold_the_known_fields_and_nothing_else() -> None:
+    found = [json.loads(line) for line in lines(as_json=True)]
+    assert [line["message"] for line in found] == [
+        "answered: ok", "two\nlines", "of Flower's", "it failed"
+    ]  # fmt: skip
+    first = found[0]
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "level": "info", "logger": "fedgraft_client.daemon", "action": "answer", "run": "7",
+        "round": 3, "site": "ward 3", "message": "answered: ok",
+    }  # fmt: skip
+    assert "round" not in found[3]
+    assert "ValueError: broken" in found[3]["exception"]
+
+
+def test_text_lines_are_for_people() -> None:
+    found = lines(as_json=False)
+    assert found[0].endswith("INFO    answered: ok  [action=answer run=7 round=3 site=ward 3]")
+    assert not any("accuracy" in line or "not written" in line for line in found)
+    assert "ValueError: broken" in found[-1]
+
+
+def test_setting_up_again_replaces_the_handler() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    set_up_logs(stream=first)
+    set_up_logs(stream=second)
+    logging.getLogger("fedgraft_server.x").info("once")
+    assert first.getvalue() == ""
+    assert second.getvalue().count("once") == 1

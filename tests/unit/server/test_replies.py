@@ -1,0 +1,139 @@
+"""Replies object by object, from a Runtime API that exists in memory only."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedgraft_common.messages import Status, to_record, write_reply
+from fedgraft_common.packing import pack
+from fedgraft_server.replies import Replies
+
+
+class Api:
+    """The calls that `Replies` makes of a SuperLink."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Message] = {}
+        self.objects: dict[str, bytes | None] = {}
+        self.confirmed: list[str] = []
+        self.asked: list[list[str]] = []
+
+    def arrive(self, request_id: str, node: int, *, complete: bool = True) -> Message:
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+        request = Message(RecordDict({"plan": ConfigRecord({"n": node})}), node, "train")
+        request.metadata.__dict__["_message_id"] = request_id
+        reply = write_reply(request, 1, Status.OK, pack(to_record({"a": torch.ones(node)})))
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        for name, thing in get_all_nested_objects(reply).items():
+            self.objects[name] = thing.deflate() if complete else None
+        self.waiting[request_id] = reply
+        return reply
+
+    def finish(self, reply: Message) -> None:
+        for name, thing in get_all_nested_objects(reply).items():
+            self.objects[name] = thing.deflate()
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        self.asked.append(sorted(request.message_ids))
+        found = [self.waiting.pop(n) for n in request.message_ids if n in self.waiting]
+        bare = [make_message(metadata=m.metadata, content=RecordDict()) for m in found]
+        return PullAppMessagesResponse(
+            messages_list=[message_to_proto(m) for m in bare],
+            message_object_trees=[get_object_tree(m) for m in found],
+        )
+
+    def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
+        if request.object_id not in self.objects:
+            return PullObjectResponse()
+        content = self.objects[request.object_id]
+        return PullObjectResponse(
+            object_found=True, object_available=content is not None, object_content=content or b""
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+@pytest.fixture
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture
+def replies(api: Api) -> Replies:
+    grid = HttpGrid(token="t")  # noqa: S106
+    grid.set_run(Run.create_empty(1))
+    grid._client = api  # type: ignore[assignment]
+    return Replies(grid)
+
+
+def test_flower_has_what_is_used_here() -> None:
+    grid = HttpGrid(token="t")  # noqa: S106
+    assert isinstance(grid.node, Node)
+    assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
+    for call in ("PullMessages", "PullObject", "ConfirmMessageReceived"):
+        assert list(inspect.signature(getattr(RuntimeHttpClient, call)).parameters) == [
+            "self", "request"
+        ]  # fmt: skip
+
+
+def test_complete_replies_are_handed_over_once(api: Api, replies: Replies) -> None:
+    first, second = api.arrive("r1", 3), api.arrive("r2", 4)
+    found = replies.collect(["r1", "r2", "r3"])
+    assert [m.metadata.src_node_id for m in found] == [3, 4]
+    assert found[0].content == first.content
+    assert found[1].metadata.message_id == second.object_id
+    assert sorted(api.confirmed) == sorted([first.object_id, second.object_id])
+    assert replies.collect(["r3"]) == []
+
+
+def test_nobody_waits_for_a_reply_that_is_still_being_sent(api: Api, replies: Replies) -> None:
+    slow = api.arrive("r1", 3, complete=False)
+    api.arrive("r2", 4)
+    assert [m.metadata.src_node_id for m in replies.collect(["r1", "r2"])] == [4]
+    assert replies.collect(["r1"]) == []
+    assert api.asked == [["r1", "r2"]]  # an announced reply is not asked for again
+    api.finish(slow)
+    [found] = replies.collect(["r1"])
+    assert found.content == slow.content
+
+
+def test_a_reply_that_was_lost_or_altered_is_dropped(api: Api, replies: Replies) -> None:
+    api.arrive("r1", 3, complete=False)
+    altered = api.arrive("r2", 4, complete=False)
+    assert replies.collect(["r1", "r2"]) == []
+    api.objects.clear()
+    api.finish(altered)
+    api.objects = dict.fromkeys(api.objects, b"x")
+    assert replies.collect(["r1", "r2"]) == []
+    assert not api.confirmed
+
+
+def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies: Replies) -> None:
+    slow = api.arrive("r1", 3, complete=False)
+    assert replies.collect(["r1"]) == []
+    replies.forget(3)
+    api.finish(slow)
+    assert replies.collect([]) == []
+
+
+def test_other_grids_are_asked_in_public() -> None:
+    grid: Any = SimpleNamespace(pull_messages=lambda ids: [f"reply to {i}" for i in ids])
+    found: list[Any] = list(Replies(grid).collect(["r1"]))
+    assert found == ["reply to r1"]
