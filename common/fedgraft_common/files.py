@@ -7,7 +7,6 @@ one. Its metadata holds a SHA-256 of the content, so damage is found when it is 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,38 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedgraft_common.atomic import write_atomically as write_atomically
 from fedgraft_common.errors import CheckpointError
 
 _DIGEST = "sha256"
-
-
-def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replaces a file in one step.
-
-    Args:
-        path: its directory is made if need be.
-        content: all of it.
-        durable: whether to wait until the disk has it (fsync of file and directory).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        owner_only = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(owner_only, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def save_tensors(
