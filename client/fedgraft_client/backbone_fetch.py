@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,7 +130,8 @@ def fetch_backbone(
             store.make_room(manifest)
             here = manifest.size - sum(entry.size for entry in missing.values())
             for entry in missing.values():
-                _fetch_blob(server, store, entry, lambda n, b=here: progress(b + n, manifest.size))
+                told = partial(_tell, progress, here, manifest.size)
+                _fetch_blob(server, store, entry, told)
                 here += entry.size
         return store.assemble(manifest, signed)
 
@@ -147,6 +149,10 @@ def local_source(config: plans.Backbone, fetch: Callable[[str, str], Path]) -> p
     if kind != "server" or config.sha256 is None:
         return config
     return config.model_copy(update={"source": f"dir:{fetch(config.sha256, name)}"})
+
+
+def _tell(progress: Progress, before: int, total: int, here: int) -> None:
+    progress(before + here, total)
 
 
 def _fetch_blob(

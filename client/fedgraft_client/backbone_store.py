@@ -180,15 +180,18 @@ class BlobStore:
         return ["", *(p.stem for p in sorted(found, key=lambda p: p.stat().st_mtime_ns))]
 
     def _evict(self, sha256: str, kept: set[str]) -> None:
-        """Removes a backbone, then every blob that no directory holds."""
+        """Removes a backbone, then every file that no directory holds."""
         if sha256:
             self._manifest(sha256).unlink(missing_ok=True)
             shutil.rmtree(self._backbone(sha256), ignore_errors=True)
-        held = set(kept)
+        held = set()
         for directory in (self.directory / "backbones").glob("*"):
-            held |= {str(path.stat().st_ino) for path in directory.iterdir()}
+            if directory.name.startswith("."):  # left by a crash
+                shutil.rmtree(directory, ignore_errors=True)
+            else:
+                held |= {path.stat().st_ino for path in directory.iterdir()}
         for path in (*self.directory.glob("blobs/*"), *self.directory.glob("partial/*")):
-            if path.name not in held and str(path.stat().st_ino) not in held:
+            if path.name not in kept and path.stat().st_ino not in held:
                 path.unlink()
 
 

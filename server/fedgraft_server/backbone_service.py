@@ -156,13 +156,19 @@ class BackboneService:
         return site, certificate
 
     def _admit(self, site: str, context: Any) -> Pace | None:
-        rate = self._limits.bytes_per_second
+        """Counts one more stream of a site; gives the pace it shares with the site's others."""
+        limits = self._limits
         with self._lock:
             own, total = self._streams[site], self._streams.total()
-            if own < self._limits.streams_per_site and total < self._limits.streams:
+            is_full = own >= limits.streams_per_site or total >= limits.streams
+            if not is_full:
                 self._streams[site] += 1
-                return None if rate is None else self._paces.setdefault(site, Pace(rate))
-        _refuse(context, site, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many transfers at once")
+        if is_full:
+            _refuse(context, site, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many transfers at once")
+        if limits.bytes_per_second is None:
+            return None
+        with self._lock:
+            return self._paces.setdefault(site, Pace(limits.bytes_per_second))
 
 
 @dataclass(frozen=True, slots=True)

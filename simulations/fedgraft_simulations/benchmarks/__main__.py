@@ -28,6 +28,7 @@ class Name(StrEnum):
     ROUND_OVERHEAD = "round_overhead"
     PREFIX_CACHE = "prefix_cache"
     THOUSAND_SITES = "thousand_sites"
+    BACKBONE_TRANSFER = "backbone_transfer"
     DIGITS_VIT = "digits_vit"
 
 
