@@ -37,12 +37,12 @@ _READ: Final = 2**20
 _SUFFIXES: Final = (".json", ".safetensors", ".txt", ".md")
 _ADAPTER: Final = "adapter_config.json"  # transformers would apply the adapter unasked
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
-BackboneName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+BackboneName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 FileName = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.(json|safetensors|txt|md)\Z",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.(json|safetensors|txt|md)$",
         description="Plain name in the backbone's directory.",
     ),
 ]
