@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedgraft_common.atomic import write_atomically
 from fedgraft_common.errors import BackboneError
@@ -101,3 +102,25 @@ class BackboneLibrary:
             ) from None  # fmt: skip
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_operator_key(path: Path) -> Ed25519PrivateKey:
+    """The operator's signing key, PKCS#8 in PEM without a passphrase.
+
+    Raises:
+        BackboneError: missing, or another kind of file.
+    """
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        found = error.strerror or str(error)
+    except (ValueError, TypeError):
+        found = "no usable key"
+    else:
+        if isinstance(key, Ed25519PrivateKey):
+            return key
+        found = "another kind of key"
+    raise BackboneError(
+        str(path), found, "the operator's Ed25519 key in PEM",
+        "Name the server's directory with --server.",
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from base64 import b64encode
@@ -90,10 +91,8 @@ def test_any_changed_bit_is_refused_or_changes_nothing(position: int, bit: int) 
     manifest = build_manifest(root)
     altered = bytearray(sign_manifest(manifest, KEY))
     altered[position % len(altered)] ^= 1 << bit
-    try:
+    with contextlib.suppress(BackboneError):
         assert verify_manifest(bytes(altered), KEY.public_key()) == manifest
-    except BackboneError:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -115,9 +114,9 @@ def test_a_signature_for_another_purpose_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../escape.json", "/etc/passwd.json", "a/b.json", "a\\b.json", "..", ".hidden.json", "C:x.json",
-     "pickle.bin", "pytorch_model.pt", "code.py", "x.json\n", "x.json\x00", "", "x" * 200 + ".json",
-     "ünicode.json"],
+    ["../escape.json", "/etc/passwd.json", "a/b.json", "a\\b.json", "..", ".hidden.json",
+     "C:x.json", "pickle.bin", "pytorch_model.pt", "code.py", "x.json\n", "x.json\x00", "",
+     "x" * 200 + ".json", "ünicode.json"],
 )  # fmt: skip
 def test_names_that_are_not_plain_are_refused(tmp_path: Path, name: str) -> None:
     changed = document(tmp_path / "tiny")

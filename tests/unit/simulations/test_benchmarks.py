@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTModel
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.benchmarks import (
+    backbone_transfer,
     digits_vit,
     glyph_vit,
     peer,
@@ -157,3 +158,11 @@ def test_both_sides_of_the_digits_job_see_the_same_records_and_settings(
     assert plan.training.schedule == "constant"
     assert plan.privacy.clipping_norm == task.clipping_norm
     assert plan.training.learning_rate == task.learning_rate
+
+
+def test_backbone_transfer_counts_whole_files() -> None:
+    report = backbone_transfer.measure(repetitions=1, megabytes=4)
+    (ratio,) = report.ratios
+    assert ratio.slow.median > 0 < ratio.fast.median
+    kept = report.figures["share that a killed client need not fetch again"]
+    assert 1 / 3 < kept < 1
