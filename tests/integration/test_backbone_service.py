@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,9 @@ def test_only_missing_files_travel(federation: Federation, tmp_path: Path) -> No
 
 def test_a_transfer_goes_on_at_the_byte_where_it_stopped(federation: Federation) -> None:
     whole = federation.blob().read_bytes()
-    partial = federation.store.partial(federation.sha256)
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(whole[:1_500_001])
+    arriving = federation.store.partial(federation.sha256)
+    arriving.parent.mkdir(parents=True)
+    arriving.write_bytes(whole[:1_500_001])
     # the server lacks what the site has: only an offset can succeed
     altered(federation.blob(), b"\0" * 1_500_001 + whole[1_500_001:])
     directory = federation.fetch()
@@ -159,9 +160,9 @@ def test_a_transfer_goes_on_at_the_byte_where_it_stopped(federation: Federation)
 
 @pytest.mark.parametrize("content", [b"\0" * 1000, b"\0" * 1_586_472, b"\0" * 1_586_473])
 def test_a_damaged_beginning_is_fetched_again(federation: Federation, content: bytes) -> None:
-    partial = federation.store.partial(federation.sha256)
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(content)
+    arriving = federation.store.partial(federation.sha256)
+    arriving.parent.mkdir(parents=True)
+    arriving.write_bytes(content)
     directory = federation.fetch()
     assert file_sha256(directory / "model.safetensors") == federation.sha256
 
@@ -186,13 +187,13 @@ def test_a_killed_client_leaves_nothing_that_is_used(federation: Federation) -> 
     shutil.copy(federation.site.key, federation.root / "tls" / "site-0.key")
     public = federation.key.public_key().public_bytes_raw().hex()
     arguments = [str(federation.root), str(federation.port), federation.sha256, public]
-    partial = federation.store.partial(federation.sha256)
+    arriving = federation.store.partial(federation.sha256)
     with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
         deadline = time.monotonic() + 60
-        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+        while not (arriving.exists() and arriving.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
-    kept = partial.stat().st_size
+    kept = arriving.stat().st_size
     assert 0 < kept < 1_586_472
     assert federation.nothing_is_used()
     told: list[int] = []
@@ -300,7 +301,7 @@ def test_strangers_are_refused(federation: Federation) -> None:
     ):
         with strange:
             call = strange.unary_unary(f"/{SERVICE}/{MANIFEST}")
-            assert code_of(lambda call=call: call(b"{}", timeout=10)) in (
+            assert code_of(partial(call, b"{}", timeout=10)) in (
                 grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED,
             )  # fmt: skip
     assert federation.nothing_is_used()

@@ -53,7 +53,7 @@ def names(store: BlobStore, folder: str) -> set[str]:
 
 def store_of(root: Path, limit: int) -> BlobStore:
     store = BlobStore(root / "store", limit)
-    store.directory.mkdir()
+    store.directory.mkdir(parents=True)
     return store
 
 

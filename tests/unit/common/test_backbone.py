@@ -308,6 +308,6 @@ def test_unknown_embedded_backbone(name: str) -> None:
 
 
 def test_the_loader_does_not_fetch() -> None:
-    config = plans.Backbone(source="server:vit", sha256="0" * 64)
+    config = Config(source="server:vit", sha256="0" * 64)
     with pytest.raises(BackboneError, match=r"'server:vit'.*A site fetches it first"):
         load_backbone(config)

@@ -209,5 +209,5 @@ def test_only_a_digest_is_a_digest() -> None:
 def test_the_manifest_is_frozen(tmp_path: Path) -> None:
     manifest = build_manifest(backbone(tmp_path / "tiny"))
     with pytest.raises(ValueError, match="frozen"):
-        manifest.name = "x"  # type: ignore[misc]
+        manifest.name = "x"
     assert isinstance(manifest, DistributionManifest)

@@ -69,7 +69,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(backbone_library.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(BackboneError, match=r"No space left on device.*Make room"):
         BackboneLibrary(tmp_path).add(GLYPHS, KEY)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
