@@ -52,9 +52,17 @@ class BlobStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Waits until no other process or thread fetches into this store."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("ab") as file:
+        """Waits until no other process or thread fetches into this store.
+
+        Raises:
+            TransferError: the directory cannot be made or written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            file = (self.directory / "lock").open("ab")
+        except OSError as error:
+            raise _cannot_write(self.directory, error) from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -152,10 +160,7 @@ class BlobStore:
             building.replace(target)
             write_atomically(self._manifest(manifest.sha256), signed)
         except OSError as error:
-            raise TransferError(
-                str(target), error.strerror or str(error), "a disk with room that may be written",
-                "Make room or correct the permissions, and try again.",
-            ) from None  # fmt: skip
+            raise _cannot_write(target, error) from None
         return target
 
     def _backbone(self, sha256: str) -> Path:
@@ -204,3 +209,10 @@ def _link(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:  # another kind of file system
         shutil.copyfile(source, target)
+
+
+def _cannot_write(path: Path, error: OSError) -> TransferError:
+    return TransferError(
+        str(path), error.strerror or str(error), "a disk with room that may be written",
+        "Make room or correct the permissions, and try again.",
+    )  # fmt: skip

@@ -52,10 +52,18 @@ class BackboneLibrary:
             BackboneError: not a backbone, a file that changed meanwhile, or no space.
         """
         manifest = build_manifest(source, name)
+        blobs, path = self.directory / "blobs", self._manifest(manifest.sha256)
+        try:
+            blobs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(blobs, error) from None
         for entry in manifest.files:
             if not self._blob(entry.sha256).is_file():
                 self._copy(source / entry.name, entry)
-        write_atomically(self._manifest(manifest.sha256), sign_manifest(manifest, key))
+        try:
+            write_atomically(path, sign_manifest(manifest, key))
+        except OSError as error:
+            raise _cannot_write(path, error) from None
         return manifest
 
     def signed_manifest(self, sha256: str) -> bytes | None:
@@ -78,7 +86,6 @@ class BackboneLibrary:
 
     def _copy(self, source: Path, entry: FileEntry) -> None:
         target = self._blob(entry.sha256)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         digest = hashlib.sha256()
         try:
@@ -95,13 +102,16 @@ class BackboneLibrary:
                 )  # fmt: skip
             temporary.replace(target)
         except OSError as error:
-            raise BackboneError(
-                str(target), error.strerror or str(error),
-                f"{entry.size} bytes of space in a directory that may be written",
-                "Make room or correct the permissions, then add the backbone again.",
-            ) from None  # fmt: skip
+            raise _cannot_write(target, error) from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> BackboneError:
+    return BackboneError(
+        str(path), error.strerror or str(error), "a disk with room that may be written",
+        "Make room or correct the permissions, then add the backbone again.",
+    )  # fmt: skip
 
 
 def read_operator_key(path: Path) -> Ed25519PrivateKey:

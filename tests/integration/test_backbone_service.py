@@ -32,6 +32,7 @@ from fedgraft_common.backbone_protocol import BLOB, MANIFEST, SERVICE, TlsFiles
 from fedgraft_common.errors import BackboneError, TransferError
 from fedgraft_common.manifest import file_sha256, sign_manifest, verify_manifest
 from fedgraft_common.plan import Plan
+from fedgraft_server import backbone_service
 from fedgraft_server.backbone_library import BackboneLibrary
 from fedgraft_server.backbone_service import Limits, RunningService, serve
 from fedgraft_simulations.benchmarks.certificates import LoopbackAuthority
@@ -330,6 +331,23 @@ def test_a_revoked_site_is_refused(federation: Federation) -> None:
     with pytest.raises(BackboneError, match=r"PERMISSION_DENIED.*revoked, expired or unknown"):
         federation.fetch()
     federation.fetch(tls=federation.authority.site("another"))
+
+
+def test_a_site_that_is_revoked_meanwhile_gets_no_more(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone_service, "_CHECK_EVERY", 1)
+    federation.stop()
+    federation.start(Limits(bytes_per_second=1_000_000))
+    with channel(federation, federation.site) as open_channel:
+        asked = json.dumps({"sha256": federation.sha256}).encode()
+        call = open_channel.unary_stream(f"/{SERVICE}/{BLOB}")(asked, timeout=10)
+        received = len(next(call))
+        federation.allowed = lambda pem: False
+        with pytest.raises(grpc.RpcError, match="revoked"):
+            for piece in call:
+                received += len(piece)
+    assert received < 1_586_472
 
 
 @pytest.mark.parametrize(

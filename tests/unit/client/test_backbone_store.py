@@ -165,3 +165,10 @@ def test_an_empty_file_is_whole_at_once(tmp_path: Path) -> None:
     with PartialBlob(tmp_path / "partial", entry) as arriving:
         assert arriving.finish(tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == b""
+
+
+def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = BlobStore(tmp_path / "file" / "store", SIZE)
+    with pytest.raises(TransferError, match="found 'Not a directory'"), store.lock():
+        pass

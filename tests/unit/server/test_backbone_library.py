@@ -112,3 +112,9 @@ def test_the_command_refuses_what_sites_could_not_load(tmp_path: Path) -> None:
             app, ["add", str(source), "--server", str(tmp_path)], catch_exceptions=False
         )
     assert not (tmp_path / "backbones").exists()
+
+
+def test_a_library_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BackboneError, match=r"found 'Not a directory'.*correct the permissions"):
+        BackboneLibrary(tmp_path / "file" / "library").add(GLYPHS, KEY)
