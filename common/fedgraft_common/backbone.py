@@ -145,11 +145,6 @@ def load_backbone(config: plans.Backbone) -> Backbone:
             hash other than the plan's.
     """
     kind, _, location = config.source.partition(":")
-    if kind == "server":
-        raise BackboneError(
-            "backbone.source", config.source, "a directory on this machine",
-            "A site fetches it first; elsewhere set --set backbone.source=dir:PATH.",
-        )  # fmt: skip
     directory = embedded_directory(location) if kind == "embedded" else Path(location)
     weights = _weights_file(directory)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -4,7 +4,6 @@
     ├── PlanError         a plan field, or the plan file itself
     ├── PrivacyError      a privacy parameter that cannot be met
     ├── BackboneError     a backbone directory, manifest or weights file
-    │   └── TransferError     a backbone that cannot be fetched now, but perhaps later
     ├── AdapterError      an adapter method or target that does not fit the backbone
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DataError         a site's records
@@ -61,10 +60,6 @@ class PrivacyError(FedgraftError):
 
 class BackboneError(FedgraftError):
     """A backbone cannot be loaded, or is not the one the plan names."""
-
-
-class TransferError(BackboneError):
-    """A backbone cannot be fetched now; what has arrived is kept and the next try goes on."""
 
 
 class AdapterError(FedgraftError):

@@ -42,16 +42,15 @@ class Backbone(Section):
 
     source: str = Field(
         default="embedded:glyphs",
-        pattern=r"^((embedded|dir):.+|server:[A-Za-z0-9][A-Za-z0-9._-]{0,63})$",
-        description="Where the model comes from: `embedded:NAME`, `dir:PATH` for a Hugging Face "
-        "directory (config.json and model.safetensors), or `server:NAME`, which a site fetches "
-        "once from the federation's server, by its hash.",
+        pattern=r"^(embedded|dir):.+$",
+        description="Where the model comes from: `embedded:NAME`, or `dir:PATH` for a Hugging "
+        "Face directory (config.json and model.safetensors).",
     )
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of model.safetensors in hexadecimal. A model with another hash is "
-        "refused. Needed with `server:NAME`.",
+        "refused.",
     )
     pooling: Literal["auto", "pooler", "cls", "mean"] = Field(
         default="auto",
@@ -63,15 +62,6 @@ class Backbone(Section):
         description="Number format of the frozen part before the first adapted block. `auto` is "
         "bfloat16 on hardware with bfloat16 matrix units, else float32.",
     )
-
-    @model_validator(mode="after")
-    def _fetched_by_hash(self) -> Backbone:
-        if self.source.startswith("server:") and self.sha256 is None:
-            raise ValueError(
-                f"source={self.source!r} needs sha256, because a site fetches by hash; "
-                "`fedgraft server backbone add` prints it"
-            )
-        return self
 
 
 class Adapter(Section):

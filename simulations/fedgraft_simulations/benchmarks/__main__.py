@@ -32,7 +32,6 @@ class Name(StrEnum):
     SECURE_NOISE = "secure_noise"
     THOUSAND_SITES = "thousand_sites"
     LONG_LEDGER = "long_ledger"
-    BACKBONE_TRANSFER = "backbone_transfer"
     DIGITS_VIT = "digits_vit"
 
 

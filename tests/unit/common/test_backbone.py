@@ -305,9 +305,3 @@ def test_embedded_backbone_is_what_its_manifest_says() -> None:
 def test_unknown_embedded_backbone(name: str) -> None:
     with pytest.raises(BackboneError, match=r"allowed: .*embedded:glyphs"):
         load_backbone(Config(source=f"embedded:{name}"))
-
-
-def test_the_loader_does_not_fetch() -> None:
-    config = Config(source="server:vit", sha256="0" * 64)
-    with pytest.raises(BackboneError, match=r"'server:vit'.*A site fetches it first"):
-        load_backbone(config)

@@ -349,13 +349,3 @@ def test_noise_shares() -> None:
     for sites in (None, 5):
         with pytest.raises(PlanError, match=r"aggregation\.sites: found .*more than 5"):
             _ = Plan().replace({"aggregation.sites": sites} | lost).noise_shares
-
-
-def test_a_backbone_from_the_server_needs_its_hash() -> None:
-    with pytest.raises(PlanError, match="source='server:vit' needs sha256"):
-        Plan().replace({"backbone.source": "server:vit"})
-    plan = Plan().replace({"backbone.source": "server:vit", "backbone.sha256": "0" * 64})
-    assert plan.hash != Plan().hash
-    for source in ("server:", "server:../x", "server:a b"):
-        with pytest.raises(PlanError, match=r"backbone\.source"):
-            plan.replace({"backbone.source": source})

@@ -22,7 +22,6 @@ from fedgraft_common.messages import Status, read_status, to_record
 from fedgraft_common.packing import pack
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.benchmarks import (
-    backbone_transfer,
     digits_vit,
     echo_site,
     federation_overhead,
@@ -245,11 +244,3 @@ def test_a_short_ledger_is_timed() -> None:
         "reservation on the disk (ms)", "verify with two accountants (s)",
     }  # fmt: skip
     assert all(value > 0 for value in report.figures.values())
-
-
-def test_backbone_transfer_counts_whole_files() -> None:
-    report = backbone_transfer.measure(repetitions=1, megabytes=4)
-    (ratio,) = report.ratios
-    assert ratio.slow.median > 0 < ratio.fast.median
-    kept = report.figures["share that a killed client need not fetch again"]
-    assert 1 / 3 < kept < 1
