@@ -267,7 +267,11 @@ def check_directory(directory: Path, manifest_sha256: str) -> None:
         )  # fmt: skip
     for name, listed in described.items():
         held = directory / name
-        if not held.is_file() or held.stat().st_size != listed.size or sha256_of(held) != listed.sha256:
+        if (
+            not held.is_file()
+            or held.stat().st_size != listed.size
+            or sha256_of(held) != listed.sha256
+        ):
             raise BackboneError(
                 str(held), "a missing or changed file", f"sha256 {listed.sha256}",
                 "Fetch the backbone again.",

@@ -23,7 +23,9 @@ _HERE = Path("server")
 
 @app.command()
 def add(
-    directory: Annotated[Path, typer.Argument(help="config.json, model.safetensors, manifest.json.")],
+    directory: Annotated[
+        Path, typer.Argument(help="config.json, model.safetensors, manifest.json.")
+    ],
     name: Annotated[
         str | None, typer.Option(help="Default: the one in manifest.json, else the directory's.")
     ] = None,

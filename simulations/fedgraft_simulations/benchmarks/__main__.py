@@ -29,6 +29,7 @@ class Name(StrEnum):
     PREFIX_CACHE = "prefix_cache"
     THOUSAND_SITES = "thousand_sites"
     DIGITS_VIT = "digits_vit"
+    BACKBONE_TRANSFER = "backbone_transfer"
 
 
 def main(

@@ -1,4 +1,4 @@
-"""A certificate authority for tests: its own certificate, a server's and sites'."""
+"""A certificate authority for benchmarks and tests: certificates for loopback that last a day."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-class TestAuthority:
-    """Issues certificates that last a day."""
+class LoopbackAuthority:
+    """Issues certificates for localhost and 127.0.0.1; its key is nowhere but in memory."""
 
-    __test__ = False
-
-    def __init__(self, name: str = "test CA") -> None:
+    def __init__(self, name: str = "loopback CA") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(self._name, self._key.public_key(), 1.0)
