@@ -208,7 +208,6 @@ def _channel(address: str, credentials: Credentials) -> Iterator[Any]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
     )
     channel = grpc.secure_channel(address, tls, options=options)
     try:

@@ -186,7 +186,10 @@ class BlobStore:
         building.mkdir(mode=0o700)
         for file in manifest.files:
             _link(self.blob(file.sha256), building / file.name)
-        (building / MANIFEST_FILE).write_bytes(signed.to_bytes())
+        with (building / MANIFEST_FILE).open("wb") as output:
+            output.write(signed.to_bytes())
+            output.flush()
+            os.fsync(output.fileno())
         shutil.rmtree(directory, ignore_errors=True)
         building.replace(directory)
         _sync(directory.parent)
@@ -266,7 +269,10 @@ def disk_full(directory: Path, found: str) -> BackboneError:
 
 def _digests(signed: SignedManifest) -> set[str]:
     """Blobs that a held manifest names; it was verified when it was assembled."""
-    return {str(file["sha256"]) for file in json.loads(signed.manifest)["files"]}
+    try:
+        return {str(file["sha256"]) for file in json.loads(signed.manifest)["files"]}
+    except (ValueError, LookupError, TypeError):  # damaged since: it uses nothing
+        return set()
 
 
 def _is_whole(path: Path, file: ManifestFile) -> bool:

@@ -137,6 +137,7 @@ class BackboneService:
             looked = self._clock()
             while chunk := file.read(CHUNK):
                 if gone.wait(self._bandwidth.draw(site, len(chunk))):
+                    self._bandwidth.give_back(site, len(chunk))
                     return
                 if self._clock() - looked > _LOOK_AGAIN:
                     looked = self._clock()

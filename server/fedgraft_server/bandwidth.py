@@ -43,6 +43,12 @@ class ByteRate:
             self._free_at = max(self._free_at, now - _BURST_SECONDS) + count / self._rate
             return max(self._free_at - now, 0.0)
 
+    def give_back(self, count: int) -> None:
+        """Bytes that were drawn and then not sent."""
+        if self._rate is not None:
+            with self._lock:
+                self._free_at -= count / self._rate
+
 
 class Bandwidth:
     """The limits of a service.
@@ -67,6 +73,13 @@ class Bandwidth:
 
     def draw(self, site: str, count: int) -> float:
         """Seconds to wait before a site may be sent `count` more bytes."""
+        return max(self._site(site).draw(count), self._total.draw(count))
+
+    def give_back(self, site: str, count: int) -> None:
+        """Bytes that were drawn and then not sent, so that hanging up costs others nothing."""
+        self._site(site).give_back(count)
+        self._total.give_back(count)
+
+    def _site(self, site: str) -> ByteRate:
         with self._lock:  # one entry per site that ever came: certificates bound their number
-            rate = self._sites.setdefault(site, ByteRate(self._per_site, self._clock))
-        return max(rate.draw(count), self._total.draw(count))
+            return self._sites.setdefault(site, ByteRate(self._per_site, self._clock))

@@ -16,12 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedgraft_client import backbone_fetch
 from fedgraft_client.backbone_fetch import (
@@ -34,13 +37,20 @@ from fedgraft_client.backbone_fetch import (
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_common import plan as plans
 from fedgraft_common.backbone import embedded_directory, load_backbone
-from fedgraft_common.backbone_protocol import GET_BLOB, GET_MANIFEST, BlobRequest, ManifestRequest
-from fedgraft_common.errors import BackboneError, FedgraftError, PlanError
+from fedgraft_common.backbone_protocol import (
+    GET_BLOB,
+    GET_MANIFEST,
+    BlobRequest,
+    ManifestRequest,
+    read_request,
+)
+from fedgraft_common.errors import BackboneError, FedgraftError, MessageError, PlanError
 from fedgraft_common.manifest import DistributionManifest, SignedManifest, sign
 from fedgraft_server.backbone_library import BackboneLibrary
 from fedgraft_server.backbone_service import (
     BackboneService,
     ServerTls,
+    serve,
     serve_backbones,
 )
 from fedgraft_server.bandwidth import Bandwidth
@@ -61,6 +71,12 @@ def authorise(fingerprint: str) -> str:
     if fingerprint != SITE[2]:
         raise FedgraftError("certificate", "revoked", "one that is not revoked", "Ask.")
     return "site-a"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site may need its proxy to reach the server; loopback is not behind it."""
+    monkeypatch.setenv("no_grpc_proxy", "127.0.0.1")
 
 
 @pytest.fixture
@@ -102,6 +118,10 @@ def store(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "store", 100 * MIB)
 
 
+_JSON = st.dictionaries(
+    st.sampled_from(["sha256", "offset", "name", "manifest_sha256", "x"]),
+    st.none() | st.integers() | st.floats() | st.text() | st.sampled_from(["0" * 64, "../x"]),
+)
 Library = tuple[BackboneLibrary, DistributionManifest]
 
 
@@ -234,7 +254,11 @@ def _replaced(shelf: BackboneLibrary, manifest: DistributionManifest, **changes:
 
 def _serve_document(shelf: BackboneLibrary, content: bytes) -> None:
     """A hostile server: it hands out what its own checks would not let pass."""
-    shelf.find = lambda _: SignedManifest.from_bytes(content)  # type: ignore[method-assign]
+
+    def find(request: ManifestRequest) -> SignedManifest:
+        return SignedManifest.from_bytes(content)
+
+    shelf.find = find  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +412,12 @@ def cutting(address: str, after: int) -> Iterator[str]:
 def test_a_connection_that_breaks_is_made_again(library: Library, store: BlobStore) -> None:
     shelf, manifest = library
     waits: list[float] = []
-    retry = Retry(attempts=3, first=0.05, sleep=lambda s: (waits.append(s), time.sleep(s))[1])
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        time.sleep(seconds)
+
+    retry = Retry(attempts=3, first=0.05, sleep=wait)
     with running(shelf) as address, cutting(address, 3 * MIB // 2) as cut:
         path = fetch(cut, store, manifest, retry=retry)
     assert len(waits) >= 2  # three connections at least
@@ -470,7 +499,7 @@ def test_one_site_cannot_take_every_stream(library: Library) -> None:
 def test_eight_sites_at_once(library: Library, tmp_path: Path) -> None:
     shelf, manifest = library
     found: list[Path] = []
-    names = {}
+    names: dict[str, str] = {}
     with running(shelf, allow=lambda fingerprint: names[fingerprint]) as address:
 
         def site(number: int) -> None:
@@ -556,3 +585,34 @@ def test_a_backbone_in_use_is_not_evicted(library: Library, tmp_path: Path) -> N
         fetch(address, store, second)
         assert not held.exists() and not store.blob(first.weights_sha256).exists()
         assert store.size() == second.size
+
+
+def test_a_server_directory_is_served(library: Library, tmp_path: Path, store: BlobStore) -> None:
+    shelf, manifest = library
+    shelf.directory.rename(tmp_path / "backbones")
+    for name, content in (("ca.pem", AUTHORITY.pem), ("s.pem", SERVER[0]), ("s.key", SERVER[1])):
+        (tmp_path / name).write_bytes(content)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = SimpleNamespace(
+        gateway=SimpleNamespace(bind="127.0.0.1"), backbone=SimpleNamespace(port=port)
+    )
+    directory: Any = SimpleNamespace(
+        path=tmp_path,
+        ca=(tmp_path / "ca.pem", tmp_path / "ca.key"),
+        server=(tmp_path / "s.pem", tmp_path / "s.key"),
+        settings=lambda: settings,
+    )
+    registry: Any = SimpleNamespace(site_of=lambda found: SimpleNamespace(name=authorise(found)))
+    with serve(directory, registry) as bound:
+        assert bound == port
+        assert fetch(f"127.0.0.1:{port}", store, manifest).is_dir()
+
+
+@given(st.binary(max_size=300) | st.builds(lambda d: json.dumps(d).encode(), _JSON))
+def test_any_request_is_read_or_refused(content: bytes) -> None:
+    kinds: tuple[Any, ...] = (ManifestRequest, BlobRequest)
+    for kind in kinds:
+        with contextlib.suppress(MessageError):
+            request = read_request(kind, content)
+            assert kind.model_validate_json(request.to_bytes()) == request

@@ -27,6 +27,7 @@ CHANGES: dict[str, object] = {
     "seed": 1,
     "backbone.source": "embedded:other",
     "backbone.sha256": "0" * 64,
+    "backbone.manifest_sha256": "0" * 64,
     "backbone.pooling": "mean",
     "backbone.frozen_dtype": "float32",
     "adapter.method": "film",
