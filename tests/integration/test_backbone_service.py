@@ -388,8 +388,9 @@ def cutting(address: str, after: int) -> Iterator[str]:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = listener.accept()
+                open_ones.append(near)  # closed even if nobody answers behind it
                 far = socket.create_connection((host, int(port)))
-                open_ones.extend((near, far))
+                open_ones.append(far)
                 for way in ((near, far, math.inf), (far, near, float(after))):
                     threads.append(threading.Thread(target=pump, args=way))
                     threads[-1].start()
