@@ -172,9 +172,14 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def adapted_backbone(plan: Plan) -> AdaptedBackbone:
-    """The model that a plan describes, with its initial adapter."""
-    return AdaptedBackbone(load_backbone(plan.backbone), plan.adapter, plan.seed)
+def adapted_backbone(plan: Plan, directory: Path | None = None) -> AdaptedBackbone:
+    """The model that a plan describes, with its initial adapter.
+
+    Args:
+        plan: any.
+        directory: where its backbone lies, if not where the plan says; see `load_backbone`.
+    """
+    return AdaptedBackbone(load_backbone(plan.backbone, directory), plan.adapter, plan.seed)
 
 
 def choose_blocks(layers: str | tuple[str, ...], blocks: tuple[str, ...]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from fedgraft_common import plan as plans
 from fedgraft_common.errors import BackboneError
+from fedgraft_common.manifest import check_directory
 
 Pooling = Literal["pooler", "cls", "mean"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -137,15 +138,21 @@ def embedded_directory(name: str) -> Path:
     return directory
 
 
-def load_backbone(config: plans.Backbone) -> Backbone:
+def load_backbone(config: plans.Backbone, directory: Path | None = None) -> Backbone:
     """Loads what the plan names and checks its hash.
 
+    Args:
+        config: the plan's section.
+        directory: where the model lies, if not where `config.source` says: what a site fetched
+            for `server:NAME`. The hashes are checked all the same.
+
     Raises:
-        BackboneError: no such directory, no safetensors, a pickle instead, a damaged file or a
-            hash other than the plan's.
+        BackboneError: no such directory, no safetensors, a pickle instead, a damaged file, a
+            hash other than the plan's, or a `server:NAME` that was not fetched.
     """
-    kind, _, location = config.source.partition(":")
-    directory = embedded_directory(location) if kind == "embedded" else Path(location)
+    directory = directory or _directory(config.source)
+    if config.manifest_sha256 is not None:
+        check_directory(directory, config.manifest_sha256)
     weights = _weights_file(directory)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if config.sha256 not in (None, digest):
@@ -158,6 +165,16 @@ def load_backbone(config: plans.Backbone) -> Backbone:
     pooling: Pooling | None = manifest.pooling if config.pooling == "auto" else config.pooling
     blocks = manifest.blocks or find_blocks(model)
     return Backbone(model, manifest, digest, pooling, blocks, directory)
+
+
+def _directory(source: str) -> Path:
+    kind, _, location = source.partition(":")
+    if kind == "server":
+        raise BackboneError(
+            "backbone.source", source, "embedded:NAME or dir:PATH where nothing is fetched",
+            "Fetch it from the federation's server first, then name its directory.",
+        )  # fmt: skip
+    return embedded_directory(location) if kind == "embedded" else Path(location)
 
 
 def _weights_file(directory: Path) -> Path:

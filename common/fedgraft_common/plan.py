@@ -42,15 +42,22 @@ class Backbone(Section):
 
     source: str = Field(
         default="embedded:glyphs",
-        pattern=r"^(embedded|dir):.+$",
-        description="Where the model comes from: `embedded:NAME`, or `dir:PATH` for a Hugging "
-        "Face directory (config.json and model.safetensors).",
+        pattern=r"^((embedded|dir):.+|server:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})$",
+        description="Where the model comes from: `embedded:NAME`, `dir:PATH` for a Hugging "
+        "Face directory (config.json and model.safetensors), or `server:NAME` from the "
+        "federation's backbone service, which needs `sha256`.",
     )
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of model.safetensors in hexadecimal. A model with another hash is "
         "refused.",
+    )
+    manifest_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the backbone's signed manifest in hexadecimal. It fixes every "
+        "file, configuration and preprocessing included, not only the weights.",
     )
     pooling: Literal["auto", "pooler", "cls", "mean"] = Field(
         default="auto",
@@ -62,6 +69,12 @@ class Backbone(Section):
         description="Number format of the frozen part before the first adapted block. `auto` is "
         "bfloat16 on hardware with bfloat16 matrix units, else float32.",
     )
+
+    @model_validator(mode="after")
+    def _a_fetched_backbone_is_pinned(self) -> Backbone:
+        if self.source.startswith("server:") and self.sha256 is None:
+            raise ValueError("a server:NAME backbone needs sha256: the hash decides, not the name")
+        return self
 
 
 class Adapter(Section):
@@ -392,6 +405,8 @@ class Plan(Section):
     def canonical(self) -> str:
         """The plan as sorted JSON without white space, without the simulation's tables."""
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
+        if self.backbone.manifest_sha256 is None:  # plans older than the key keep their hash
+            del document["backbone"]["manifest_sha256"]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

@@ -33,6 +33,7 @@ class Name(StrEnum):
     THOUSAND_SITES = "thousand_sites"
     LONG_LEDGER = "long_ledger"
     DIGITS_VIT = "digits_vit"
+    BACKBONE_TRANSFER = "backbone_transfer"
 
 
 def main(
