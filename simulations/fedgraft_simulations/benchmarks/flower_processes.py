@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 START = 60.0  # seconds a process may take to start
 STOP = 10.0  # seconds it may take to end before it is killed

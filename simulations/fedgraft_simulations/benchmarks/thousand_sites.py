@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from fedgraft_client.app import client_app
 from fedgraft_common.plan import Plan, parse_plan
