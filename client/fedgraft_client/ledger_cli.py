@@ -79,13 +79,17 @@ def recover(
     ] = Path("site.toml"),
 ) -> None:
     """Go on with an old copy of a ledger: charge what the witness knows and the copy does not."""
+    from fedgraft_client.account import read_ledger
     from fedgraft_client.entry import Kind
     from fedgraft_client.opening import recover_ledger
     from fedgraft_client.site_file import load_site_file
 
-    with recover_ledger(load_site_file(site), site.parent) as ledger:
+    file = load_site_file(site)
+    path = file.store_directory(site.parent) / "ledger.sqlite3"
+    before = len(read_ledger(path)) if path.exists() else 0
+    with recover_ledger(file, site.parent) as ledger:
         newest = ledger.entries()[-1]
-    if newest.kind is not Kind.RECOVER:
+    if newest.kind is not Kind.RECOVER or newest.seq == before:
         typer.echo("Nothing was missing.")
     elif newest.body["witness"] is None:
         typer.echo("The witness was lost: a new one was started, and the ledger says so.")

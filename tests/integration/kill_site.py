@@ -2,7 +2,7 @@
 
 It imports everything once and then forks a fresh child for each order on its standard input:
 
-    {"home": DIR, "rounds": N, "kill": LINE or null}
+    {"home": DIR, "rounds": N, "kill": LINE or null, "distinct": whether each line counts once}
 
 The child opens the site as the daemon does and answers the rounds in turn. Before each training it
 writes down that the data is about to be looked at, and after the egress guard it keeps what would
@@ -63,15 +63,18 @@ def append(path: Path, line: str) -> None:
         os.fsync(file.fileno())
 
 
-def answer(home: Path, rounds: int, kill: int | None, bench: Workbench) -> int:
+def answer(home: Path, rounds: int, kill: int | None, distinct: bool, bench: Workbench) -> int:
     """All rounds in turn; returns how many lines were executed."""
     counted = 0
+    seen: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal counted
         if os.path.basename(frame.f_code.co_filename) not in WATCHED:  # noqa: PTH119
             return None
-        if event == "line":
+        place = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and not (distinct and place in seen):
+            seen.add(place)
             counted += 1
             if counted == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +130,7 @@ def main() -> None:
             bench = warm(load_plan(home / "plan.toml"))
         child = os.fork()
         if child == 0:
-            count = answer(home, order["rounds"], order["kill"], bench)
+            count = answer(home, order["rounds"], order["kill"], order["distinct"], bench)
             (home / "lines").write_text(str(count))
             os._exit(0)
         _, status = os.waitpid(child, 0)
