@@ -47,6 +47,15 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
             return write_counts(message, 0, Status.FAILED)
         return site.evaluate(message)
 
+    @app.query()
+    def keep_final(message: Message, context: Context) -> Message:
+        try:
+            site = site_for(context)
+        except Exception:
+            log.exception("there is no site for this message")
+            return write_reply(message, 0, Status.FAILED)
+        return site.keep_final(message)
+
     return app
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedgraft_client.data import Records, load_arrays, number_units, to_images
 from fedgraft_client.ledger import Ledger
@@ -14,12 +16,22 @@ from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import SiteFile, load_site_file
 from fedgraft_client.store import SiteStore
 from fedgraft_common.errors import DataError
+from fedgraft_common.plan import Plan
 
 
-def open_site(path: Path) -> Site:
+def open_site(
+    path: Path,
+    operator_key: Ed25519PublicKey | None = None,
+    locate: Callable[[Plan], Path | None] = lambda _: None,
+) -> Site:
     """The site that a site file describes, with real randomness and its own ledger.
 
     Close its store when done: `site.store.close()`.
+
+    Args:
+        path: the site file.
+        operator_key: signs the plans that are accepted.
+        locate: fetches a plan's backbone; see `Runtime`.
 
     Raises:
         PolicyError: the site file is wrong.
@@ -33,9 +45,12 @@ def open_site(path: Path) -> Site:
         held_out = load_records(base / file.data.held_out, file.data.unit)
     store = open_store(file, base)
     try:
-        runtime = Runtime(file.device, file.physical_batch)
+        runtime = Runtime(file.device, file.physical_batch, locate)
         config = SiteConfig(file.name, file.classes, file.data.nominal_size)
-        return Site(config, records, runtime, store, file.policy, held_out=held_out)
+        return Site(
+            config, records, runtime, store, file.policy,
+            held_out=held_out, operator_key=operator_key,
+        )  # fmt: skip
     except BaseException:
         store.close()
         raise

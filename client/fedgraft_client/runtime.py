@@ -7,6 +7,8 @@ thousands, which share one backbone and lend it their adapter and head for the t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,9 +87,9 @@ class Workbench:
         verdicts: how the gradient engines did, for the model in use; empty before training.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, directory: Path | None = None) -> None:
         self.device = device
-        self.adapted: AdaptedBackbone = adapted_backbone(plan)
+        self.adapted: AdaptedBackbone = adapted_backbone(plan, directory)
         self.initial = self.adapted.state()
         self.adapted.to(device)
         self.dtype = frozen_dtype(plan.backbone.frozen_dtype, device)
@@ -154,10 +156,22 @@ class Workbench:
 
 
 class Runtime:
-    """The device, and a workbench for each plan in use."""
+    """The device, and a workbench for each plan in use.
 
-    def __init__(self, device: str = "auto", physical_batch: int = 256) -> None:
+    Args:
+        device: `auto`, `cpu` or `cuda:N`.
+        physical_batch: records whose gradients are in memory at once.
+        locate: fetches a plan's backbone and says where it lies; None where the plan says it.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        physical_batch: int = 256,
+        locate: Callable[[Plan], Path | None] = lambda _: None,
+    ) -> None:
         self.device = choose_device(device)
+        self._locate = locate
         if self.device.type == "cuda":  # TF32 convolutions would fail the gradient check
             torch.backends.cudnn.allow_tf32 = False
         self.physical_batch = physical_batch
@@ -167,7 +181,7 @@ class Runtime:
         """The plan's workbench; built at the first call."""
         key = plan.model_dump_json(include={"seed", "backbone", "adapter"})
         if key not in self._benches:
-            self._benches[key] = Workbench(plan, self.device)
+            self._benches[key] = Workbench(plan, self.device, self._locate(plan))
         return self._benches[key]
 
 

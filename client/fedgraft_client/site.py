@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Message
 
 from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
@@ -41,6 +42,7 @@ from fedgraft_common.errors import (
     BudgetError,
     FedgraftError,
     MessageError,
+    PlanError,
     PolicyError,
     PrivacyError,
     SealedError,
@@ -59,6 +61,7 @@ from fedgraft_common.messages import (
     write_reply,
 )
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_common.signing import check_signature
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class Site:
         policy: its own rules; a simulated site has none.
         clock: local time.
         held_out: records of other units, counted by released evaluations.
+        operator_key: the federation operator's; a plan without their signature is then refused.
 
     Raises:
         DataError: the records cannot be used.
@@ -105,6 +109,7 @@ class Site:
         policy: Policy | None = None,
         clock: Callable[[], datetime] = datetime.now,
         held_out: Records | None = None,
+        operator_key: Ed25519PublicKey | None = None,
     ) -> None:
         check_records(records, config.classes, config.name)
         self.config = config
@@ -112,6 +117,7 @@ class Site:
             check_records(held_out, config.classes, f"{config.name}, held out")
         self.records = records
         self.held_out = held_out
+        self.operator_key = operator_key
         self.runtime = runtime
         self.store = store
         self.policy = Policy() if policy is None and not config.simulated else policy
@@ -119,6 +125,7 @@ class Site:
         self._clock = clock
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
         self._held_out_cache: tuple[Workbench, Cached] | None = None
+        self._runs: dict[int, str] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
 
     def answer(self, message: Message) -> Message:
@@ -153,6 +160,20 @@ class Site:
 
         return self._contain(message, work, refuse)
 
+    def keep_final(self, message: Message) -> Message:
+        """The reply to the run's last message: the final adapter is kept for the refit."""
+
+        def work(request: Request, plan: Plan, step: StepNoise) -> Message:
+            bench = self.runtime.workbench(plan)
+            adapter = from_record(request.adapter, bench.adapted.schema)
+            self.store.save_final(plan, adapter)
+            return refuse(request.round, Status.KEPT)
+
+        def refuse(number: int, status: Status) -> Message:
+            return guard(write_reply(message, number, status), number)
+
+        return self._contain(message, work, refuse)
+
     def _contain(
         self,
         message: Message,
@@ -165,7 +186,7 @@ class Site:
         try:
             request = read_request(message)
             number = request.round
-            plan, step = self._accept(request.plan)
+            plan, step = self._accept(request, message.metadata.run_id)
             return work(request, plan, step)
         except FedgraftError as error:
             self.last_error, status = error, status_of(error)
@@ -185,8 +206,11 @@ class Site:
     def _took_part(self, plan: Plan) -> bool:
         return bool(self.store.ledger.spent(plan.hash))
 
-    def _accept(self, text: str) -> tuple[Plan, StepNoise]:
-        """Checks a plan once, and what it would cost here; the clock and the seal every time."""
+    def _accept(self, request: Request, run: int) -> tuple[Plan, StepNoise]:
+        """Checks a plan, and once what it would cost here; signature, clock and seal every time."""
+        text = request.plan
+        if self.operator_key is not None:
+            check_signature(text, request.signature, self.operator_key)
         if text not in self._plans:
             try:
                 document = json.loads(text)
@@ -197,6 +221,11 @@ class Site:
             plan = parse_plan(document, origin="request")
             self._plans[text] = plan, self.agree(plan)
         plan, step = self._plans[text]
+        if not self.config.simulated and self._runs.setdefault(run, plan.hash) != plan.hash:
+            raise PlanError(
+                f"run {run}: plan", plan.hash[:12], f"{self._runs[run][:12]}, as it began",
+                "A running plan is never changed; start a new run.",
+            )  # fmt: skip
         if self.store.ledger.sealed(plan.hash):
             raise SealedError(
                 f"run {plan.name}", "sealed", "a run whose head was not refitted at home",

@@ -12,6 +12,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from fedgraft_client.join_cli import join
 from fedgraft_common.plan import load_plan
 
 app = typer.Typer(no_args_is_help=True, help="Budget, costs, approval and head of a site.")
@@ -21,6 +22,27 @@ SiteFileOption = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML), or a waiting plan (JSON).")]
 DEFAULT = Path("site.toml")
+app.command("join")(join)
+
+
+@app.command()
+def up(
+    site: SiteFileOption = DEFAULT,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log JSON lines.", envvar="FEDGRAFT_LOG_JSON")
+    ] = False,
+) -> None:
+    """Run the site's daemon until SIGTERM: it asks the server, trains here, sends adapters."""
+    from fedgraft_client.daemon import Abandoned
+    from fedgraft_client.up import resident
+    from fedgraft_common.logs import set_up_logs
+
+    set_up_logs(log_json)
+    with resident(site) as daemon, daemon.signals():
+        try:
+            daemon.run()
+        except Abandoned:
+            raise typer.Exit(130) from None
 
 
 @app.command()
@@ -125,7 +147,12 @@ def approve(
 @app.command()
 def refit(
     plan_file: PlanFile,
-    adapter: Annotated[Path, typer.Option(help="The run's final adapter, in PEFT's format.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run's final adapter in PEFT's format; default: the one the server sent."
+        ),
+    ] = None,
     site: SiteFileOption = DEFAULT,
 ) -> None:
     """Fit the head at home without noise and seal it; this ends the run at this site for good."""
@@ -134,7 +161,7 @@ def refit(
     plan, opened = load_plan(plan_file), open_site(site)
     try:
         bench = opened.runtime.workbench(plan)
-        opened.refit(plan, bench.adapted.read(adapter))
+        opened.refit(plan, bench.adapted.read(adapter) if adapter else opened.store.final(plan))
         sealed = opened.store.directory / plan.hash / "sealed.safetensors"
     finally:
         opened.store.close()

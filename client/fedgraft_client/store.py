@@ -113,6 +113,19 @@ class SiteStore:
             "Restore the ledger from a backup, then `fedgraft ledger recover`.",
         )  # fmt: skip
 
+    def save_final(self, plan: Plan, adapter: Tensors) -> None:
+        """Keeps the run's final adapter, as the server sent it."""
+        path = self.directory / plan.hash / "final.safetensors"
+        save_tensors(path, adapter, {"plan": plan.hash}, self._durable)
+
+    def final(self, plan: Plan) -> Tensors:
+        """The run's final adapter.
+
+        Raises:
+            CheckpointError: it has not arrived, or is damaged.
+        """
+        return load_tensors(self.directory / plan.hash / "final.safetensors")[0]
+
     def approved(self, plan: Plan) -> bool:
         """Whether the operator agreed to a plan; if not, it is kept for them to look at.
 

@@ -26,6 +26,7 @@ class Command:
 
     module: str
     help: str
+    app: str = "app"
 
 
 COMMANDS = {
@@ -33,7 +34,12 @@ COMMANDS = {
         "fedgraft_simulations.cli", "Run a plan on this machine, beside the alternatives."
     ),
     "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
-    "site": Command("fedgraft_client.site_cli", "Budget, costs, approval and head of a site."),
+    "run": Command("fedgraft_server.run_cli", "Start a run on this server.", "run_app"),
+    "runs": Command("fedgraft_server.run_cli", "List the runs of this server.", "runs_app"),
+    "stop": Command("fedgraft_server.run_cli", "Stop a run; it can be resumed.", "stop_app"),
+    "resume": Command("fedgraft_server.run_cli", "Continue a run.", "resume_app"),
+    "logs": Command("fedgraft_server.run_cli", "Print what a run writes.", "logs_app"),
+    "site": Command("fedgraft_client.site_cli", "Join, run the daemon, budget, costs, approval."),
     "ledger": Command("fedgraft_client.ledger_cli", "Verify, show or export a privacy ledger."),
     "server": Command("fedgraft_server.cli", "Set up and run a federation server."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
@@ -59,7 +65,7 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
             module = importlib.import_module(COMMANDS[name].module)
-            command = typer.main.get_command(module.app)
+            command = typer.main.get_command(getattr(module, COMMANDS[name].app))
         return name, command, rest
 
 

@@ -1,10 +1,13 @@
 """The protocol: what a round's request and reply contain, and nothing else.
 
     request  server -> site   adapter   ArrayRecord   the current adapter
-                              plan      ConfigRecord  {plan: canonical JSON, round: int}
+                              plan      ConfigRecord  {plan: canonical JSON, round: int,
+                                                       signature: the operator's, hexadecimal}
     reply    site -> server   adapter   ArrayRecord   adapter (local) or noisy gradient sum
                               status    ConfigRecord  {round: int, status: str}
 
+    final    server -> site   the same request, of message type "query", after the last round: the
+                              adapter to keep; the reply is a status
     evaluate server -> site   the same request, of message type "evaluate"
     counts   site -> server   counts    MetricRecord  {correct: float, total: float}, noised
                               status    ConfigRecord  {round: int, status: str}
@@ -50,6 +53,8 @@ STATUS: Final = "status"
 ROUND: Final = "round"
 COUNTS: Final = "counts"
 EVALUATE: Final = "evaluate"
+FINAL: Final = "query"
+SIGNATURE: Final = "signature"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,6 +65,7 @@ class Status(StrEnum):
     """
 
     OK = "ok"
+    KEPT = "kept"  # the final adapter arrived
     RETIRED = "retired"  # the budget is used up, as was known in advance; the site is done
     MESSAGE = "refused-message"  # the request does not follow the protocol
     PLAN = "refused-plan"  # the plan is wrong or cannot be met here
@@ -107,11 +113,19 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a site receives in a round."""
+    """What a site receives in a round.
+
+    Attributes:
+        adapter: where the round starts.
+        plan: canonical JSON.
+        round: its number, from 1.
+        signature: Ed25519 over the plan, hexadecimal; empty in a simulation.
+    """
 
     adapter: ArrayRecord
     plan: str
     round: int
+    signature: str = ""
 
 
 def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -228,7 +242,13 @@ def read_request(message: Message) -> Request:
             "request", sorted(config), f"{PLAN!r}: text and {ROUND!r}: a number from 1",
             "The server speaks another protocol; compare the versions.",
         )  # fmt: skip
-    return Request(adapter, plan, number)
+    signature = config.get(SIGNATURE, "")
+    if not isinstance(signature, str) or not set(config) <= {PLAN, ROUND, SIGNATURE}:
+        raise MessageError(
+            "request", sorted(config), f"{PLAN!r}, {ROUND!r} and {SIGNATURE!r}",
+            "The server speaks another protocol; compare the versions.",
+        )  # fmt: skip
+    return Request(adapter, plan, number, signature)
 
 
 def write_reply(

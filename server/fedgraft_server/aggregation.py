@@ -25,6 +25,8 @@ from fedgraft_common.errors import CheckpointError, PlanError
 from fedgraft_common.messages import (
     ADAPTER,
     PLAN,
+    ROUND,
+    SIGNATURE,
     Tensors,
     TensorSpec,
     from_record,
@@ -91,16 +93,20 @@ class Aggregator:
     Args:
         plan: the run.
         schema: the tensors that travel.
+        signature: the operator's, on the plan; empty in a simulation.
     """
 
-    def __init__(self, plan: Plan, schema: tuple[TensorSpec, ...]) -> None:
+    def __init__(self, plan: Plan, schema: tuple[TensorSpec, ...], signature: str = "") -> None:
         self.plan = plan
+        self.signature = signature
         self.schema = schema
         self.strategy = build_strategy(plan)
 
     def requests(self, number: int, adapter: Tensors, grid: Grid) -> list[Message]:
         """One request per connected site."""
-        config = ConfigRecord({PLAN: self.plan.canonical, "round": number})
+        config = ConfigRecord({PLAN: self.plan.canonical, ROUND: number})
+        if self.signature:
+            config[SIGNATURE] = self.signature
         arrays = to_record(adapter)
         requests = list(self.strategy.configure_train(number, arrays, config, grid))
         for request in requests:  # Flower's own round number would say the same thing twice

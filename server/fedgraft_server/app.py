@@ -6,6 +6,8 @@ with it as run configuration:
     plan        canonical JSON of the plan
     directory   of the run, on the server: checkpoints and the exported adapter
     sites       node ids of the sites that take part, with commas between them
+    signature   the operator's, on the plan
+    backbone    directory of the plan's backbone, if it is not where the plan says
 """
 
 from __future__ import annotations
@@ -74,4 +76,6 @@ def main(grid: Grid, context: Context) -> None:
         facts = {"action": "round", "round": summary.number}
         log.info("round %d: %d updates", summary.number, summary.sites, extra=facts)
 
-    run_federation(plan, superlink, directory, note)
+    signature, backbone = (str(context.run_config.get(k, "")) for k in ("signature", "backbone"))
+    where = Path(backbone) if backbone else None
+    run_federation(plan, superlink, directory, note, signature=signature, backbone=where)

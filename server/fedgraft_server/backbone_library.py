@@ -9,6 +9,7 @@ backbone at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -93,6 +94,27 @@ class BackboneLibrary:
             if wanted and wanted.items() <= facts.items():
                 return signed
         return None
+
+    def assembled(self, request: ManifestRequest) -> Path:
+        """A backbone's files side by side, as `load_backbone` wants them.
+
+        Raises:
+            BackboneError: there is no such backbone.
+        """
+        signed = self.find(request)
+        if signed is None:
+            raise BackboneError(
+                "backbone", request.sha256 or request.name, "a backbone this server hands out",
+                "Add it with `fedgraft server backbone add DIR`.",
+            )  # fmt: skip
+        manifest = DistributionManifest.model_validate_json(signed.manifest)
+        target = self.directory / "assembled" / manifest.hash
+        for file in manifest.files:
+            if not (target / file.name).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.link(self.blob(file.sha256), target / file.name)
+        return target
 
     def blob(self, sha256: str) -> Path:
         """Where a file is.

@@ -13,8 +13,10 @@ from typing import Annotated, Final
 import typer
 
 from fedgraft_common.errors import IdentityError, ServerError
+from fedgraft_server import backbone_cli
 
 app = typer.Typer(no_args_is_help=True, help="Set up and run a federation server.")
+app.add_typer(backbone_cli.app, name="backbone")
 
 Directory = Annotated[
     Path,

@@ -24,6 +24,7 @@ from fedgraft_common.messages import (
     ADAPTER,
     COUNTS,
     EVALUATE,
+    FINAL,
     STATUS,
     Counts,
     Status,
@@ -39,6 +40,7 @@ from fedgraft_server.checkpoint import Checkpoint, newest_checkpoint, save_check
 from fedgraft_server.evaluation import Estimate, estimate
 
 log = logging.getLogger(__name__)
+DELIVERY = 120.0  # seconds that the end of a run waits for sites to take the final adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ def run_federation(
     directory: Path,
     on_round: Callable[[RoundSummary], None] = lambda _: None,
     durable: bool = True,
+    signature: str = "",
+    backbone: Path | None = None,
 ) -> Tensors:
     """Runs a plan to its last round, from its newest checkpoint if there is one.
 
@@ -75,6 +79,8 @@ def run_federation(
         directory: for checkpoints and the exported adapter.
         on_round: called after each finished round.
         durable: whether a checkpoint waits for the disk.
+        signature: the operator's, on the plan; empty in a simulation.
+        backbone: where the backbone lies, if not where the plan says.
 
     Returns:
         The final adapter, which is also saved in PEFT's format under `directory/adapter`.
@@ -83,8 +89,8 @@ def run_federation(
         MessageError: too few usable updates arrived in a round.
         CheckpointError: the newest checkpoint is damaged or belongs to another plan.
     """
-    model = adapted_backbone(plan)
-    aggregator = Aggregator(plan, model.schema)
+    model = adapted_backbone(plan, backbone)
+    aggregator = Aggregator(plan, model.schema, signature)
     checkpoint = newest_checkpoint(directory, plan) or Checkpoint(0, model.state(), {})
     aggregator.restore(checkpoint.strategy)
     adapter = checkpoint.adapter
@@ -102,7 +108,22 @@ def run_federation(
         on_round(RoundSummary(number, adapter, len(updates), size, found))
     model.load(adapter)
     model.save(directory / "adapter")
+    deliver(plan, aggregator, adapter, grid)
     return adapter
+
+
+def deliver(plan: Plan, aggregator: Aggregator, adapter: Tensors, grid: Grid) -> int:
+    """Sends the final adapter to the sites, for their refit at home; returns how many have it.
+
+    A site that is away gets it when the finished run is resumed, or from the exported adapter.
+    """
+    requests = aggregator.requests(plan.rounds.count, adapter, grid)
+    for request in requests:
+        request.metadata.message_type = FINAL
+    replies = list(grid.send_and_receive(requests, timeout=min(DELIVERY, plan.rounds.deadline)))
+    kept = sum(read_status(reply) is Status.KEPT for reply in replies)
+    log.info("%d of %d sites have the final adapter", kept, len(requests))
+    return kept
 
 
 def evaluate(

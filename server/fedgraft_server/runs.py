@@ -116,13 +116,22 @@ class Runs:
         """Closes the connection."""
         self._client.close()
 
-    def start(self, plan: Plan, directory: Path, sites: Collection[int]) -> int:
+    def start(
+        self,
+        plan: Plan,
+        directory: Path,
+        sites: Collection[int],
+        signature: str = "",
+        backbone: Path | None = None,
+    ) -> int:
         """Starts a run; one that was cut short continues from its directory.
 
         Args:
             plan: what to run.
             directory: of the run, on this machine.
             sites: node ids of the sites that take part.
+            signature: the operator's, on the plan.
+            backbone: where the plan's backbone lies, if not where it says.
 
         Returns:
             Flower's number of the run.
@@ -134,6 +143,8 @@ class Runs:
             "plan": plan.canonical,
             "directory": str(directory.resolve()),
             "sites": ",".join(str(node) for node in sorted(sites)),
+            "signature": signature,
+            "backbone": str(backbone.resolve()) if backbone else "",
         }
         return self.start_bundle(stub(), config)
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedgraft_common.atomic import write_atomically
@@ -150,6 +152,36 @@ class ServerDirectory:
     def operator(self) -> tuple[Path, Path]:
         """Public and private signing key."""
         return self.path / "operator.pub", self.path / "operator.key"
+
+    def operator_private_key(self) -> Ed25519PrivateKey:
+        """What plans and manifests are signed with.
+
+        Raises:
+            ServerError: missing, or another kind of key.
+        """
+        path = self.operator[1]
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        except (OSError, ValueError, TypeError) as error:
+            key, found = None, getattr(error, "strerror", None) or "no usable key"
+        else:
+            found = type(key).__name__
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ServerError(
+                str(path), found, "the operator's Ed25519 key in PEM",
+                "Restore it from the backup of the server's directory.",
+            )  # fmt: skip
+        return key
+
+    @property
+    def runs(self) -> Path:
+        """One directory for each run."""
+        return self.path / "runs"
+
+    @property
+    def backbones(self) -> Path:
+        """What the backbone service hands out."""
+        return self.path / "backbones"
 
     @property
     def registry(self) -> Path:
