@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo federation test check bench clean
 
 demo: $(STAMP)  ## run the main job on the embedded default
 	$(BIN)/fedgraft simulate
+
+federation: $(STAMP)  ## the main job again, over real processes with mutual TLS
+	$(BIN)/python -m fedgraft_simulations.federation
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -30,9 +30,11 @@ from fedgraft_common.messages import (
     Status,
     Tensors,
     TensorSpec,
+    digest,
     from_record,
     read_counts,
     read_status,
+    to_record,
 )
 from fedgraft_common.plan import Plan
 from fedgraft_server.aggregation import Aggregator
@@ -167,7 +169,10 @@ def keep_evaluation(directory: Path, found: Estimate) -> None:
 def usable_updates(
     plan: Plan, schema: tuple[TensorSpec, ...], number: int, replies: list[Message]
 ) -> list[Tensors]:
-    """The updates of a round, in the order of node ids.
+    """The updates of a round, in an order that depends on their bytes alone.
+
+    Floating-point sums depend on the order, and node ids are drawn at random: so the same updates
+    give the same adapter, bit for bit, whoever carried them.
 
     Raises:
         MessageError: fewer than the plan asks for; nothing is aggregated then.
@@ -190,7 +195,7 @@ def usable_updates(
             f"({', '.join(sorted(set(refused))) or 'none'})", f"at least {needed}",
             "Look into the sites' own logs; then resume, or lower aggregation.minimum_sites.",
         )  # fmt: skip
-    return list(updates.values())
+    return sorted(updates.values(), key=lambda update: digest(to_record(update)))
 
 
 def _update(schema: tuple[TensorSpec, ...], number: int, reply: Message) -> Tensors:

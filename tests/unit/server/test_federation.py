@@ -78,7 +78,17 @@ def grid_of(answer: Answer = echo, sites: int = SITES) -> LocalGrid:
     def train(message: Message, context: Context) -> Message:
         return answer(message, int(context.node_config["partition-id"]))
 
+    @app.query()
+    def keep_final(message: Message, context: Context) -> Message:
+        delivered.append(read_request(message).adapter)
+        return write_reply(message, 1, Status.KEPT)
+
+    delivered.clear()
     return LocalGrid(app, sites)
+
+
+delivered: list[ArrayRecord] = []
+"""What the sites of the last grid got after the last round."""
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -275,13 +285,32 @@ def test_one_site_counts_once(plan: Plan) -> None:
         usable_updates(plan, SCHEMA, 3, twice)
 
 
-def test_updates_are_in_the_order_of_nodes(plan: Plan) -> None:
-    """Floating-point sums depend on the order, and replies arrive in any."""
+def test_the_order_of_updates_is_that_of_their_bytes(plan: Plan) -> None:
+    """Floating-point sums depend on the order; replies arrive in any, from nodes of any number."""
     answers = [reply_with(3, "ok", to_record({"a": torch.full((2,), float(i))})) for i in range(4)]
-    arrived = replies(plan, *answers)
-    shuffled = [arrived[i] for i in (2, 0, 3, 1)]
-    found = usable_updates(plan, SCHEMA, 3, shuffled)
-    assert [float(update["a"][0]) for update in found] == [0.0, 1.0, 2.0, 3.0]
+    first = [float(u["a"][0]) for u in usable_updates(plan, SCHEMA, 3, replies(plan, *answers))]
+    for order in ((2, 0, 3, 1), (3, 2, 1, 0)):
+        arrived = replies(plan, *(answers[i] for i in order))
+        found = usable_updates(plan, SCHEMA, 3, arrived)
+        assert [float(update["a"][0]) for update in found] == first
+
+
+def test_the_final_adapter_reaches_every_site(plan: Plan, tmp_path: Path) -> None:
+    final = run_federation(plan, grid_of(), tmp_path, durable=False)
+    schema = adapted_backbone(plan).schema
+    assert len(delivered) == SITES
+    assert all(same(from_record(record, schema), final) for record in delivered)
+
+
+def test_the_operators_signature_goes_with_the_plan(plan: Plan, tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def note(message: Message, site: int) -> Message:
+        seen.add(read_request(message).signature)
+        return echo(message, site)
+
+    run_federation(plan, grid_of(note), tmp_path, durable=False, signature="ab12")
+    assert seen == {"ab12"}
 
 
 # --- rounds that fail, in a run
@@ -331,4 +360,4 @@ def test_deadline_goes_to_the_grid(plan: Plan, tmp_path: Path) -> None:
     plan = plan.replace({"rounds.deadline": 12.5, "rounds.count": 2})
     grid: Grid = Watching(grid_of()._app, SITES)
     run_federation(plan, grid, tmp_path, durable=False)
-    assert seen == [12.5, 12.5]
+    assert seen == [12.5, 12.5, 12.5]  # two rounds and the delivery of the final adapter
