@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -82,31 +83,43 @@ def run(directory: Path, plan: Plan, console: Console) -> Tensors:
             for share in shares:
                 federation.join(share.name, share.classes, share.train.unit_count, plan)
                 federation.start_site(share.name)
-        server = str(federation.server)
-        end = time.monotonic() + 60
-        while True:
-            try:
-                federation.fedgraft("run", str(federation.plan_file), "--dir", server)
-                break
-            except ServerError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(1)
+        folder = _started(federation)
         with console.status("") as status:
-            while True:
-                (state,) = json.loads(federation.fedgraft("runs", "--json", "--dir", server))
-                status.update(f"round {state['round']} of {state['rounds']}: {state['state']}")
-                if state["state"] not in ("pending", "starting", "running"):
-                    break
-                time.sleep(2)
-        if state["state"] != "completed":
-            raise ServerError(
-                f"run {state['run']}", state["state"], "completed",
-                federation.fedgraft("logs", state["run"], "--dir", server)[-2000:],
-            )  # fmt: skip
-        return load_file(
-            federation.server / "runs" / state["run"] / "adapter" / "adapter_model.safetensors"
-        )
+            _follow(federation, folder, plan, lambda words: status.update(words))
+        return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def _started(federation: Federation) -> Path:
+    """Starts the run as soon as the SuperLink knows the sites; returns its directory."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            printed = federation.fedgraft("run", str(federation.plan_file))
+            return federation.server / "runs" / printed.split()[1]
+        except ServerError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def _follow(federation: Federation, folder: Path, plan: Plan, tell: Callable[[str], None]) -> None:
+    """Waits for the end, by the checkpoints; asks Flower now and then whether the run still is."""
+    asked = time.monotonic()
+    while True:
+        rounds = sorted(folder.glob("round-*.safetensors"))
+        tell(f"round {int(rounds[-1].stem[6:]) if rounds else 0} of {plan.rounds.count}")
+        finished = (folder / "adapter" / "adapter_model.safetensors").exists()
+        if finished or time.monotonic() - asked > 15:
+            asked = time.monotonic()
+            (state,) = json.loads(federation.fedgraft("runs", "--json"))
+            if state["state"] == "completed":
+                return
+            if state["state"] in ("failed", "stopped"):
+                raise ServerError(
+                    f"run {state['run']}", state["state"], "completed",
+                    federation.fedgraft("logs", state["run"])[-2000:],
+                )  # fmt: skip
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

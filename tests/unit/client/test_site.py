@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -34,6 +35,7 @@ from fedgraft_common.errors import (
 )
 from fedgraft_common.messages import Status, Tensors, from_record, to_record
 from fedgraft_common.plan import Plan
+from fedgraft_common.signing import sign_plan
 
 RECORDS = Records(
     torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
@@ -102,6 +104,8 @@ def request(
         content["more"] = ConfigRecord({})
     message = Message(content, dst_node_id=7, message_type="train")
     message.metadata.__dict__["_message_id"] = "request"
+    if isinstance(plan, Plan):
+        message.metadata.__dict__["_run_id"] = int(plan.hash[:8], 16)  # one run, one plan
     return message
 
 
@@ -640,3 +644,51 @@ def test_what_a_plan_would_cost(make_site: MakeSite, plan: Plan) -> None:
     assert 7.9 < found.run <= 8
     update(site, plan, 1)
     assert 0 < site.cost(plan).before < found.run
+
+
+def signed(plan: Plan, number: int, site: Site, key: Ed25519PrivateKey, run: int = 1) -> Message:
+    message = request(plan, number, initial(site, plan))
+    message.content.config_records["plan"]["signature"] = sign_plan(plan.canonical, key)
+    message.metadata.__dict__["_run_id"] = run
+    return message
+
+
+def test_a_plan_without_the_operators_signature_is_refused(make_site: MakeSite, plan: Plan) -> None:
+    key = Ed25519PrivateKey.generate()
+    site = make_site(simulated=False)
+    site.operator_key = key.public_key()
+    for message in (
+        request(plan, 1, initial(site, plan)),
+        signed(plan, 1, site, Ed25519PrivateKey.generate()),
+    ):
+        assert_says_only(site.answer(message), 1, Status.PLAN)
+        assert "signature" in str(site.last_error)
+    assert untouched(site)
+    assert status(site.answer(signed(plan, 1, site, key))) == Status.OK
+    unsigned = request(plan, 2, initial(site, plan))  # an accepted plan stays signed
+    assert_says_only(site.answer(unsigned), 2, Status.PLAN)
+
+
+def test_a_running_plan_is_never_changed(make_site: MakeSite, plan: Plan) -> None:
+    key = Ed25519PrivateKey.generate()
+    site = make_site(simulated=False, maximum_epsilon=100.0)
+    changed = plan.replace({"training.learning_rate": 3.0})
+    assert status(site.answer(signed(plan, 1, site, key, run=5))) == Status.OK
+    assert_says_only(site.answer(signed(changed, 1, site, key, run=5)), 1, Status.PLAN)
+    assert "never changed" in str(site.last_error)
+    assert status(site.answer(signed(changed, 1, site, key, run=6))) == Status.OK
+    assert status(site.answer(signed(plan, 2, site, key, run=5))) == Status.OK
+
+
+def test_the_final_adapter_is_kept_for_the_refit(make_site: MakeSite, plan: Plan) -> None:
+    site = make_site(simulated=False)
+    update(site, plan, 1)
+    before = site.store.ledger.spent()
+    final = {name: tensor + 1 for name, tensor in initial(site, plan).items()}
+    assert_says_only(site.keep_final(request(plan, 3, final)), 3, Status.KEPT)
+    kept_ = site.store.final(plan)
+    assert all(torch.equal(kept_[name], tensor) for name, tensor in final.items())
+    assert site.store.ledger.spent() == before
+    site.refit(plan, kept_)
+    bad = request(plan, 3, spoilt("NaN", initial(site, plan)))
+    assert_says_only(site.keep_final(bad), 3, Status.SEALED)
