@@ -355,13 +355,12 @@ class Site:
                 "Name a file with records of other units in the site file, or ask for a plan "
                 "without evaluation.",
             )  # fmt: skip
-        head = self.trained_head(plan)
         if self._held_out_cache is None or self._held_out_cache[0] is not bench:
             self._held_out_cache = bench, bench.cache(self.held_out.images)
-        features = bench.features(adapter, self._held_out_cache[1])
-        exact = exact_counts(features, head, self.held_out)
         noise = self._noise("evaluate", plan, number)
         reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
+        features = bench.features(adapter, self._held_out_cache[1])
+        exact = exact_counts(features, self.trained_head(plan), self.held_out)
         counts = noised(exact, step.evaluation.noise_multiplier, noise)
         content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
         self.store.ledger.commit(
