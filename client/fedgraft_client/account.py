@@ -61,6 +61,8 @@ class Check:
         second: by an independent one (Opacus' PRV).
         tolerance: how far the two may lie apart.
         delta: both are for.
+        key: the public key that signed, in hexadecimal.
+        witnessed: whether a witness was compared.
     """
 
     entries: int
@@ -70,6 +72,8 @@ class Check:
     second: float
     tolerance: float
     delta: float
+    key: str
+    witnessed: bool
 
 
 def read_ledger(path: Path) -> list[Entry]:
@@ -120,25 +124,37 @@ def public_key(entries: Sequence[Entry]) -> Ed25519PublicKey:
         ) from None  # fmt: skip
 
 
-def verify(entries: Sequence[Entry], delta: float, witness: Path | None = None) -> Check:
+def verify(
+    entries: Sequence[Entry],
+    delta: float,
+    witness: Path | None = None,
+    expected_key: str | None = None,
+) -> Check:
     """Checks every line and recomputes the total with two accountants.
 
     Args:
         entries: oldest first.
         delta: for both epsilons.
         witness: the witness file, if it is at hand.
+        expected_key: the site's public key as the auditor knows it, in hexadecimal. Without it
+            the key is the one that the ledger itself names.
 
     Raises:
         LedgerError: there is no key to check against, or the witness is damaged.
     """
     key = public_key(entries)
     faults = find_faults(entries, key)
+    found_key = key.public_bytes_raw().hex()
+    if expected_key not in (None, found_key):
+        faults.append(f"the ledger names the key {found_key}, not {expected_key}")
     if witness is not None and witness.exists():
-        seen = Witness(witness).read(key)
-        if seen.seq > len(entries):
-            faults.append(f"the witness has seen entry {seen.seq}; the end is missing")
-        elif entries[seen.seq - 1].hash != seen.hash:
-            faults.append(f"entry {seen.seq}: the witness has seen another one")
+        seen = Witness(witness).read()
+        if len(seen) > len(entries):
+            faults.append(f"the witness has seen entry {seen[-1].seq}; the end is missing")
+        elif [e.hash for e in seen] != [e.hash for e in entries[: len(seen)]]:
+            faults.append("the witness has seen another history")
+        elif len(entries) - len(seen) > 1:
+            faults.append(f"the witness ends at entry {len(seen)}; an old copy was put back")
     events = spent(entries)
     done = {int(e.body["reserve"]) for e in entries if e.kind in (Kind.COMMIT, Kind.VOID)}
     open_ones = [e for e in entries if e.kind is Kind.RESERVE and e.seq not in done]
@@ -146,9 +162,12 @@ def verify(entries: Sequence[Entry], delta: float, witness: Path | None = None) 
     decided = epsilon_bound(events, delta) if long else epsilon(events, delta)
     error = 0.1 if long else 0.01
     second, tolerance = second_opinion(events, delta, error), 1.1 * error
-    if abs(decided - second) > tolerance:
+    if not abs(decided - second) <= tolerance:
         faults.append(f"the accountants disagree: PLD {decided:.4f}, PRV {second:.4f}")
-    return Check(len(entries), tuple(faults), len(open_ones), decided, second, tolerance, delta)
+    return Check(
+        len(entries), tuple(faults), len(open_ones), decided, second, tolerance, delta,
+        found_key, witness is not None and witness.exists(),
+    )  # fmt: skip
 
 
 def runs(entries: Sequence[Entry], delta: float) -> list[RunAccount]:
@@ -156,6 +175,8 @@ def runs(entries: Sequence[Entry], delta: float) -> list[RunAccount]:
     sealed = {str(e.body["plan"]) for e in entries if e.kind is Kind.SEAL}
     grouped: dict[str, list[Entry]] = {}
     for entry in charges(entries):
+        if not spent([entry]):
+            continue  # lines that were put back say themselves what they cost
         grouped.setdefault(str(entry.body.get("plan", "")), []).append(entry)
     accounts: list[RunAccount] = []
     before: list[Entry] = []

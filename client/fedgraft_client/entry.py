@@ -35,7 +35,7 @@ class Kind(StrEnum):
     VOID = "void"  # it never saw any; nothing is spent
     APPROVE = "approve"  # the operator agrees to a plan
     SEAL = "seal"  # the head was refitted without noise: this run is over for good
-    RECOVER = "recover"  # entries were lost; what they had spent, from the witness
+    RECOVER = "recover"  # entries were lost and put back, or charged, from the witness
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,14 @@ class Entry:
         digest = _digest(seq, time, kind, body, previous)
         return cls(seq, time, kind, body, previous, key.sign(bytes.fromhex(digest)))
 
+    def is_signed_by(self, key: Ed25519PublicKey) -> bool:
+        """Whether the signature is this key's."""
+        try:
+            key.verify(self.signature, bytes.fromhex(self.hash))
+        except InvalidSignature:
+            return False
+        return True
+
     def document(self) -> dict[str, Any]:
         """As it is exported."""
         return {
@@ -177,9 +185,7 @@ def find_faults(entries: Iterable[Entry], key: Ed25519PublicKey) -> list[str]:
             faults.append(f"{where}: does not continue the chain; the line before it was changed")
         if entry.time < clock:
             faults.append(f"{where}: is dated before the one it follows")
-        try:
-            key.verify(entry.signature, bytes.fromhex(entry.hash))
-        except InvalidSignature:
+        if not entry.is_signed_by(key):
             faults.append(f"{where}: the signature is not this site's; the line was changed")
         if (entry.kind is Kind.OPEN) != (entry.seq == 1):
             faults.append(f"{where}: {entry.kind.value} is out of place")
@@ -212,7 +218,6 @@ def spent(entries: Iterable[Entry], plan: str | None = None) -> list[SamplingEve
     """The mechanisms behind those entries, equal ones added up; of one plan, or of all."""
     events: list[SamplingEvent] = []
     for entry in charges(entries):
-        if plan is None or entry.body.get("plan") == plan:
-            lost = entry.body["lost"] if entry.kind is Kind.RECOVER else [entry.body]
-            events += map(event_of, lost)
+        bodies = entry.body.get("lost", []) if entry.kind is Kind.RECOVER else [entry.body]
+        events += [event_of(b) for b in bodies if plan is None or b.get("plan") == plan]
     return merge(events)

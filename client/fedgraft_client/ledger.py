@@ -11,8 +11,9 @@ a reply is either not there, or whole, accounted for, and resent byte for byte.
 Threats and what meets them:
 
     a changed or missing line   hash chain and signatures (`fedgraft_client.entry`)
-    a deleted tail, an old      the witness, a signed file kept elsewhere that knows the newest
-    copy put back               entry; it is never older than the ledger by more than one entry
+    a deleted tail, an old      the witness, a second copy of the lines kept elsewhere; it is
+    copy put back               never behind the ledger by more than one entry
+    a changed reply             it is compared with the signed commit before it may leave
     a clock set back            entries keep the newest time seen
     two processes               a lock file; the second one is refused
 
@@ -24,11 +25,13 @@ another disk.
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from filelock import FileLock, Timeout
 
-from fedgraft_client.entry import GENESIS, Charge, Entry, Kind, event_of, find_faults, spent
-from fedgraft_client.witness import Seen, Witness
+from fedgraft_client.entry import (
+    GENESIS,
+    Charge,
+    Entry,
+    Kind,
+    charges,
+    event_of,
+    find_faults,
+    spent,
+)
+from fedgraft_client.witness import Witness
 from fedgraft_common.accounting import SamplingEvent, merge
 from fedgraft_common.errors import LedgerError, SealedError
 from fedgraft_common.files import write_atomically
@@ -49,7 +61,8 @@ CREATE TABLE IF NOT EXISTS entries (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS said ON entries (kind, json_extract(body, '$.plan'));
 CREATE TABLE IF NOT EXISTS rounds (
-    plan TEXT PRIMARY KEY, round INTEGER NOT NULL, digest TEXT NOT NULL, content BLOB NOT NULL
+    plan TEXT PRIMARY KEY, round INTEGER NOT NULL, digest TEXT NOT NULL, content BLOB NOT NULL,
+    seq INTEGER NOT NULL
 ) STRICT;
 """
 
@@ -76,12 +89,12 @@ class Ledger:
         directory: private to the site; holds `ledger.sqlite3` and `ledger.key`.
         dataset: the site's own name for the data; an entry in another ledger is refused.
         unit: what the promise protects: `record`, or a column.
-        witness: file that remembers the newest entry; best on another disk. Default: beside it.
+        witness: file with a second copy of the lines; best on another disk. Default: beside it.
         durable: wait for the disk, and allow one process only. A simulation needs neither; its
             ledgers have no witness and are opened anew for each transaction.
         clock: seconds since 1970.
-        recover: accept a ledger older than its witness, or a lost witness, and charge in a new
-            entry what the witness knows and the ledger does not.
+        recover: accept a ledger older than its witness, and put back what it lacks; or one that
+            went on from an old copy, and charge what the witness knows besides; or a lost witness.
 
     Raises:
         LedgerError: another process has it; it was changed, cut or rolled back; or it belongs to
@@ -116,10 +129,13 @@ class Ledger:
             self._total: list[SamplingEvent] = []
             self._runs: dict[str, list[SamplingEvent]] = {}
             seen = self._seen()
-            self._create(seen if not recover else None)
+            self._create(seen, recover)
+            if recover and seen:
+                self._put_back(seen)
             if durable:
                 self._check()
-                self._compare(seen, recover)
+                self._compare(self._seen(), recover)
+                self._check_rounds()
         except BaseException:
             self.close()
             raise
@@ -165,7 +181,10 @@ class Ledger:
                 "a run whose head was not refitted at home",
                 "A head fitted without noise never takes part again; start a new run.",
             )  # fmt: skip
-        return self._append(Kind.RESERVE, charge.body()).seq
+        if self._witness is not None:
+            self._witness.prepare()
+        nonce = secrets.token_hex(8)  # two branches of a history never hold the same line
+        return self._append(Kind.RESERVE, charge.body() | {"nonce": nonce}).seq
 
     def commit(self, reservation: int, plan: str, number: int, digest: str, content: bytes) -> None:
         """Stores a round's output and, in the same transaction, that it may leave.
@@ -192,15 +211,52 @@ class Ledger:
                 "Only a simulation runs without DP.",
             )  # fmt: skip
         with self._transaction() as connection:
-            connection.execute(_STORE, (plan, number, digest, content))
+            connection.execute(_STORE, (plan, number, digest, content, 0))
 
     def finished(self, plan: str) -> Finished | None:
-        """The newest finished round of a plan."""
+        """The newest finished round of a plan, held against the signed commit.
+
+        Raises:
+            LedgerError: the stored round is not what was committed.
+        """
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT round, digest, content FROM rounds WHERE plan = ?", (plan,)
+                "SELECT round, digest, content, seq FROM rounds WHERE plan = ?", (plan,)
             ).fetchone()
-        return Finished(*row) if row else None
+            if row is None:
+                return None
+            number, digest, content, seq = row
+            found = {e.seq: e for e in read_entries(connection, f"WHERE seq = {int(seq)}")}
+            commit = found.get(seq)
+            if commit is not None and commit.kind is Kind.COMMIT:
+                where = f"WHERE seq = {int(commit.body['reserve'])}"
+                found |= {e.seq: e for e in read_entries(connection, where)}
+        if not (self._is_committed(plan, number, digest, seq, found) or (
+            not self._durable and seq == 0
+        )):  # fmt: skip
+            raise LedgerError(
+                f"{self.path}: stored round {number}", "not what was committed",
+                "the round that the signed commit names",
+                "It does not leave. Restore the ledger from a backup, then "
+                "`fedgraft ledger recover`.",
+            )  # fmt: skip
+        return Finished(number, digest, content)
+
+    def _is_committed(
+        self, plan: str, number: int, digest: str, seq: int, entries: dict[int, Entry]
+    ) -> bool:
+        commit = entries.get(seq)
+        if commit is None or commit.kind is not Kind.COMMIT or commit.body["reply"] != digest:
+            return False
+        reserve = entries.get(int(commit.body["reserve"]))
+        if reserve is None or reserve.kind is not Kind.RESERVE:
+            return False
+        output = reserve.body["plan"] + (
+            "/evaluate" if reserve.body["purpose"] == "evaluate" else ""
+        )
+        if (output, reserve.body["round"]) != (plan, number):
+            return False
+        return all(entry.is_signed_by(self.public_key) for entry in (commit, reserve))
 
     # -- what the operator says
 
@@ -245,64 +301,53 @@ class Ledger:
     # -- storage
 
     def _append(
-        self,
-        kind: Kind,
-        body: Mapping[str, Any],
-        output: tuple[str, int, str, bytes] | None = None,
-        seen: bool = True,
+        self, kind: Kind, body: Mapping[str, Any], output: tuple[str, int, str, bytes] | None = None
     ) -> Entry:
         with self._transaction() as connection:
-            last = read_entries(connection, newest=True)
+            last = read_entries(connection, "ORDER BY seq DESC LIMIT 1")
             seq, previous, then = 0, GENESIS, 0
             for entry in last:
                 seq, previous, then = entry.seq, entry.hash, entry.time
             now = max(int(self._clock()), then)
             entry = Entry.signed(seq + 1, now, kind, body, previous, self._key)
-            connection.execute(
-                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
-                (entry.seq, entry.time, kind.value, _json(body), previous, entry.signature),
-            )
+            _insert(connection, entry)
             if output is not None:
-                connection.execute(_STORE, output)
+                connection.execute(_STORE, (*output, entry.seq))
         if self._durable:
-            self._count(entry, seen)
+            self._count(entry)
+            if self._witness is not None:
+                self._witness.append([entry])
         return entry
 
-    def _count(self, entry: Entry, seen: bool) -> None:
-        """Follows the account in memory and in the witness."""
-        if entry.kind in (Kind.RESERVE, Kind.VOID, Kind.RECOVER):
-            kept = self._runs.setdefault(str(entry.body.get("plan", "")), [])
-            if entry.kind is Kind.RESERVE:
-                kept.append(event_of(entry.body))
-                kept[:] = merge(kept)
-                self._total = merge([*self._total, event_of(entry.body)])
-            else:
-                self._recount(self.entries())
-        if seen and self._witness is not None:
-            self._witness.write(entry, self._total, self._key)
+    def _count(self, entry: Entry) -> None:
+        """Follows the account in memory."""
+        if entry.kind is Kind.RESERVE:
+            kept = self._runs.setdefault(str(entry.body["plan"]), [])
+            kept[:] = merge([*kept, event_of(entry.body)])
+            self._total = merge([*self._total, event_of(entry.body)])
+        elif entry.kind in (Kind.VOID, Kind.RECOVER):
+            self._recount(self.entries())
 
     def _recount(self, entries: list[Entry]) -> None:
-        plans = {str(e.body["plan"]) for e in entries if e.kind is Kind.RESERVE}
-        self._runs = {plan: spent(entries, plan) for plan in plans}
+        bodies = [e.body for e in entries if e.kind is Kind.RESERVE]
+        bodies += [b for e in entries if e.kind is Kind.RECOVER for b in e.body.get("lost", [])]
+        self._runs = {plan: spent(entries, plan) for plan in {str(b["plan"]) for b in bodies}}
         self._total = spent(entries)
 
-    def _seen(self) -> Seen | None:
-        if self._witness is None or not self._witness.exists():
-            return None
-        return self._witness.read(self.public_key)
+    def _seen(self) -> list[Entry]:
+        return self._witness.read() if self._witness is not None and self._witness.exists() else []
 
-    def _create(self, seen: Seen | None) -> None:
+    def _create(self, seen: list[Entry], recover: bool) -> None:
         with self._transaction() as connection:
             for statement in filter(None, map(str.strip, _TABLES.split(";"))):
                 connection.execute(statement)
-            empty = not read_entries(connection, newest=True)
-        if empty and seen is not None:
-            raise self._rolled_back("no entries", seen.seq)
-        if empty:
-            public = self._key.public_key().public_bytes_raw().hex()
-            self._append(
-                Kind.OPEN, {"dataset": self.dataset, "unit": self.unit, "key": public}, seen=False
-            )
+            empty = not read_entries(connection, "ORDER BY seq DESC LIMIT 1")
+        if empty and seen and not recover:
+            raise self._rolled_back("no entries", seen[-1].seq)
+        if empty and not seen:
+            public = self.public_key.public_bytes_raw().hex()
+            body = {"dataset": self.dataset, "unit": self.unit, "key": public}
+            self._append(Kind.OPEN, body)
 
     def _check(self) -> None:
         """Compares the file with itself and with the site file."""
@@ -311,7 +356,7 @@ class Ledger:
             raise LedgerError(
                 str(self.path), f"{faults[0]} ({len(faults)} faults)",
                 "the lines that this site wrote",
-                "Put the newest backup back; `fedgraft ledger recover` then charges what it lacks.",
+                "Put the newest backup back; `fedgraft ledger recover` then adds what it lacks.",
             )  # fmt: skip
         for name, mine in (("dataset", self.dataset), ("unit", self.unit)):
             found = str(entries[0].body.get(name))
@@ -322,45 +367,77 @@ class Ledger:
                 )  # fmt: skip
         self._recount(entries)
 
-    def _compare(self, seen: Seen | None, recover: bool) -> None:
+    def _check_rounds(self) -> None:
+        """Compares the stored rounds with the commits."""
+        entries = self.entries()
+        with self._reading() as connection:
+            stored = dict(connection.execute("SELECT plan, seq FROM rounds").fetchall())
+        for plan, seq in newest_commits(entries).items():
+            if stored.get(plan) != seq:
+                raise LedgerError(
+                    f"{self.path}: stored round of {plan[:12]}", stored.get(plan, "nothing"),
+                    f"the output of entry {seq}, the newest commit",
+                    "Restore the ledger from a backup, then `fedgraft ledger recover`.",
+                )  # fmt: skip
+        for plan in stored:
+            self.finished(plan)
+
+    def _compare(self, seen: list[Entry], recover: bool) -> None:
         """Compares the file with what the witness remembers."""
         assert self._witness is not None  # noqa: S101 - durable
         entries = self.entries()
-        newest = entries[-1]
-        if seen is None:
-            if len(entries) > 1 and not recover:
+        common = sum(
+            1 for _ in takewhile(lambda p: p[0].hash == p[1].hash, zip(entries, seen, strict=False))
+        )
+        behind = len(entries) - len(seen)
+        if common == len(seen) and (behind <= 1 or (recover and seen)):
+            self._witness.append(entries[common:])
+            return
+        if not recover:
+            if not seen:
                 raise LedgerError(
                     str(self._witness.path), "no such file", "the witness of this ledger",
                     "Put it back from its own disk. If it is lost, `fedgraft ledger recover` "
                     "starts another, and the ledger says so.",
                 )  # fmt: skip
-            self._witness.write(newest, self.spent(), self._key)
-            if len(entries) > 1:
-                self._append(Kind.RECOVER, {"lost": [], "witness": None})
-        elif seen.seq <= newest.seq and entries[seen.seq - 1].hash == seen.hash:
-            if seen.seq < newest.seq:  # killed between the entry and the witness
-                self._witness.write(newest, self.spent(), self._key)
-        elif recover:
-            self._append(Kind.RECOVER, {"lost": self._missing(seen), "witness": seen.hash})
-        else:
-            found = f"{newest.seq} entries" if seen.seq > newest.seq else "another history"
-            raise self._rolled_back(found, seen.seq)
+            if common == len(seen):
+                raise LedgerError(
+                    str(self._witness.path), f"{len(seen)} entries",
+                    f"{len(entries)}, those of the ledger, or one less",
+                    "An old copy of the witness was put back. Put the newest back, or go on with "
+                    "`fedgraft ledger recover`.",
+                )  # fmt: skip
+            found = f"{len(entries)} entries" if len(entries) < len(seen) else "another history"
+            raise self._rolled_back(found, seen[-1].seq)
+        if faults := find_faults(seen, self.public_key):
+            raise LedgerError(
+                str(self._witness.path), faults[0], "the witness that this site wrote",
+                "Put it back from its own disk or a backup.",
+            )  # fmt: skip
+        # Another history: everything that the witness alone knows is charged.
+        lost = [dict(e.body) for e in charges(seen) if e.seq > common and e.kind is Kind.RESERVE]
+        lost += [b for e in seen[common:] if e.kind is Kind.RECOVER for b in e.body.get("lost", [])]
+        self._witness.replace(entries)
+        self._append(Kind.RECOVER, {"lost": lost, "witness": seen[-1].hash if seen else None})
 
-    def _missing(self, seen: Seen) -> list[dict[str, Any]]:
-        """What the witness knows to be spent and this ledger does not."""
-        known = {(e.sample_rate, e.noise_multiplier): e.steps for e in self._total}
-        lost = []
-        for event in seen.spent:
-            steps = event.steps - known.get((event.sample_rate, event.noise_multiplier), 0)
-            if steps > 0:
-                lost.append(
-                    {
-                        "sample_rate": event.sample_rate,
-                        "noise_multiplier": event.noise_multiplier,
-                        "steps": steps,
-                    }
-                )
-        return lost
+    def _put_back(self, seen: list[Entry]) -> None:
+        """Adds the lines that an old copy lacks, as they were; their replies are gone."""
+        with self._transaction() as connection:
+            known = len(read_entries(connection))
+            faults = find_faults(seen, self.public_key)
+            if faults or known >= len(seen):
+                return
+            mine = read_entries(connection, "ORDER BY seq DESC LIMIT 1")
+            if mine and mine[0].hash != seen[known - 1].hash:
+                return  # this copy went on alone: see `_compare`
+            for entry in seen[known:]:
+                _insert(connection, entry)
+            for plan in newest_commits(seen[known:]):
+                connection.execute("DELETE FROM rounds WHERE plan = ?", (plan,))
+            body = {"restored": len(seen) - known, "witness": seen[-1].hash}
+            last = seen[-1]
+            note = Entry.signed(last.seq + 1, last.time, Kind.RECOVER, body, last.hash, self._key)
+            _insert(connection, note)
 
     def _rolled_back(self, found: str, seq: int) -> LedgerError:
         return LedgerError(
@@ -418,16 +495,37 @@ class Ledger:
                 raise
 
 
-_STORE = "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?)"
+_STORE = "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)"
 
 
-def read_entries(connection: sqlite3.Connection, newest: bool = False) -> list[Entry]:
-    """The lines of an open ledger file, oldest first; or the newest line alone."""
-    order = "DESC LIMIT 1" if newest else "ASC"
+def read_entries(connection: sqlite3.Connection, which: str = "ORDER BY seq") -> list[Entry]:
+    """Lines of an open ledger file; `which` is the end of the SQL statement."""
     rows = connection.execute(
-        f"SELECT seq, time, kind, body, previous, signature FROM entries ORDER BY seq {order}"  # noqa: S608
+        f"SELECT seq, time, kind, body, previous, signature FROM entries {which}"  # noqa: S608
     )
     return [Entry(s, t, Kind(k), json.loads(b), p, sign) for s, t, k, b, p, sign in rows]
+
+
+def _insert(connection: sqlite3.Connection, entry: Entry) -> None:
+    connection.execute(
+        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
+        (entry.seq, entry.time, entry.kind.value, _json(entry.body), entry.previous,
+         entry.signature),
+    )  # fmt: skip
+
+
+def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
+    """Entry that committed the newest output of each plan; none where lines were put back."""
+    known = {e.seq: e for e in entries}
+    newest: dict[str, int] = {}
+    for entry in entries:
+        if entry.kind is Kind.COMMIT and (reserve := known.get(int(entry.body["reserve"]))):
+            kind = "/evaluate" if reserve.body["purpose"] == "evaluate" else ""
+            newest[reserve.body["plan"] + kind] = entry.seq
+        elif entry.kind is Kind.RECOVER and "restored" in entry.body:
+            first = entry.seq - int(entry.body["restored"])
+            newest = {plan: seq for plan, seq in newest.items() if seq < first}
+    return newest
 
 
 def _json(body: Mapping[str, Any]) -> str:

@@ -23,6 +23,9 @@ def verify(
     witness: Annotated[
         Path | None, typer.Option(help="The witness file, if it is not beside the ledger.")
     ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="The site's public key as you know it, in hexadecimal.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every line and recompute epsilon with two accountants; exit code 1 on any fault."""
@@ -31,13 +34,16 @@ def verify(
     console = Console(stderr=True)
     entries = account.read_ledger(ledger)
     with console.status(f"Checking {len(entries)} entries"):
-        found = account.verify(entries, delta, witness or ledger.with_name("ledger.witness"))
+        beside = witness or ledger.with_name("ledger.witness")
+        found = account.verify(entries, delta, beside, key)
     if as_json:
         typer.echo(json.dumps(account.document(found), indent=2))
     else:
         typer.echo(f"entries    {found.entries}, {'whole' if not found.faults else 'NOT whole'}")
         for fault in found.faults:
             typer.echo(f"fault      {fault}")
+        typer.echo(f"key        {found.key[:16]}{'' if key else ', as the ledger itself says'}")
+        typer.echo(f"witness    {'agrees' if found.witnessed else 'not at hand, not compared'}")
         typer.echo(f"pending    {found.reserved} reservations without a commit, counted as spent")
         typer.echo(f"epsilon    {found.epsilon:.4f} at delta {delta:g} (PLD, decides)")
         typer.echo(
@@ -91,6 +97,8 @@ def recover(
         newest = ledger.entries()[-1]
     if newest.kind is not Kind.RECOVER or newest.seq == before:
         typer.echo("Nothing was missing.")
+    elif "restored" in newest.body:
+        typer.echo(f"Put back {newest.body['restored']} entries that this copy did not have.")
     elif newest.body["witness"] is None:
         typer.echo("The witness was lost: a new one was started, and the ledger says so.")
     else:

@@ -134,6 +134,7 @@ def test_an_auditor_verifies_an_export(home: Path) -> None:
     spend(home, ("lungs", 2.0, 100))
     text = fedgraft(home, "ledger", "verify", ledger(home)).stdout
     assert "entries    3, whole" in text
+    assert "witness    agrees" in text
     assert "epsilon    6.4492 at delta 1e-05 (PLD, decides)" in text
     assert "6.4595 (PRV" in text
     exported = fedgraft(home, "ledger", "export", ledger(home)).stdout
@@ -153,7 +154,7 @@ def test_an_old_copy_is_refused_and_recovered(home: Path) -> None:
     Path(ledger(home)).write_bytes(old)
     done = fedgraft(home, "site", "refit", "plan.toml", "--adapter", "none", code=1)
     assert "fedgraft ledger recover" in done.stderr
-    assert "Charged 20 steps" in fedgraft(home, "ledger", "recover").stdout
+    assert "Put back 2 entries" in fedgraft(home, "ledger", "recover").stdout
     assert "Nothing was missing" in fedgraft(home, "ledger", "recover").stdout
 
 

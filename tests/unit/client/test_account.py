@@ -112,12 +112,22 @@ def test_what_each_run_cost(tmp_path: Path) -> None:
     assert (first.rounds, first.steps) == (1, 50)
 
 
-def test_recovered_losses_are_a_run_of_their_own(tmp_path: Path) -> None:
+def test_recovered_lines_are_what_they_were(tmp_path: Path) -> None:
     fill(tmp_path, (0.25, 2, 100))
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as connection, connection:
         connection.execute("DELETE FROM entries WHERE seq > 1")
+        connection.execute("DELETE FROM rounds")
     Ledger(tmp_path, "x-rays", recover=True).close()
     entries = read_ledger(tmp_path / "ledger.sqlite3")
     (only,) = runs(entries, 1e-5)
-    assert (only.run, only.steps, f"{only.lifetime:.5f}") == ("recovered", 100, "6.44915")
+    assert (only.run, only.steps, f"{only.lifetime:.5f}") == ("run-0", 100, "6.44915")
     assert json.loads(export(entries).splitlines()[-1])["kind"] == "recover"
+
+
+def test_an_auditor_who_knows_the_key_notices_another(tmp_path: Path) -> None:
+    entries = read_ledger(fill(tmp_path, (0.25, 2, 100)))
+    own = verify(entries, 1e-5)
+    assert verify(entries, 1e-5, expected_key=own.key).faults == ()
+    assert not own.witnessed
+    other = verify(entries, 1e-5, expected_key="ab" * 32)
+    assert "names the key" in other.faults[0]

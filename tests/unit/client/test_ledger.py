@@ -148,12 +148,13 @@ def test_an_old_copy_is_noticed_and_can_be_recovered(tmp_path: Path) -> None:
     with Ledger(home, "x-rays", witness=witness, recover=True) as ledger:
         assert {(e.noise_multiplier, e.steps) for e in ledger.spent()} == {(2.0, 4), (3.0, 7)}
         assert sorted(map(str, ledger.spent())) == sorted(map(str, lost))
+        assert ledger.spent(PLAN) == ledger.spent()  # the run's own limit holds on
         assert ledger.entries()[-1].kind is Kind.RECOVER
     with Ledger(home, "x-rays", witness=witness) as ledger:  # and the site goes on
         ledger.reserve(charge(6))
         assert find_faults(ledger.entries(), ledger.public_key) == []
     with Ledger(home, "x-rays", witness=witness, recover=True) as ledger:
-        assert len(ledger.entries()) == 9  # nothing is missing: nothing is charged
+        assert len(ledger.entries()) == 11  # nothing is missing: nothing is added
 
 
 def test_a_lost_ledger_is_not_a_new_one(tmp_path: Path) -> None:
@@ -177,7 +178,93 @@ def test_a_lost_witness_is_noticed(tmp_path: Path) -> None:
     Ledger(tmp_path, "x-rays").close()
 
 
-@pytest.mark.parametrize("damage", ["{", "", '{"seen": "{}", "signature": "00"}'])
+def test_a_copy_that_went_on_alone_is_charged_for_both(tmp_path: Path) -> None:
+    """Ten rounds in common, twenty on one branch, thirty on the other: sixty were computed."""
+    home, witness = tmp_path / "home", tmp_path / "witness"
+    with Ledger(home, "x-rays", witness=witness) as ledger:
+        for number in range(10):
+            ledger.reserve(charge(number + 1))
+    copytree(home, tmp_path / "copy")
+    early = witness.read_bytes()
+    with Ledger(home, "x-rays", witness=witness) as ledger:
+        for number in range(20):
+            ledger.reserve(charge(number + 11))
+    late = witness.read_bytes()
+    for file in home.iterdir():
+        file.unlink()
+    copytree(tmp_path / "copy", home, dirs_exist_ok=True)
+    witness.write_bytes(early)
+    with Ledger(home, "x-rays", witness=witness) as ledger:
+        for number in range(30):
+            ledger.reserve(charge(number + 11))
+    witness.write_bytes(late)
+    with pytest.raises(LedgerError, match="another history"):
+        Ledger(home, "x-rays", witness=witness)
+    with Ledger(home, "x-rays", witness=witness, recover=True) as ledger:
+        assert ledger.spent() == [SamplingEvent(0.5, 2.0, 60)]
+        assert ledger.spent(PLAN) == [SamplingEvent(0.5, 2.0, 60)]
+    Ledger(home, "x-rays", witness=witness).close()
+
+
+def test_an_old_witness_is_noticed(tmp_path: Path) -> None:
+    three_rounds(tmp_path)
+    old = (tmp_path / "ledger.witness").read_bytes()
+    with Ledger(tmp_path, "x-rays") as ledger:
+        ledger.reserve(charge(4))
+        ledger.reserve(charge(5))
+    (tmp_path / "ledger.witness").write_bytes(old)
+    with pytest.raises(LedgerError, match="An old copy of the witness"):
+        Ledger(tmp_path, "x-rays")
+    Ledger(tmp_path, "x-rays", recover=True).close()
+    Ledger(tmp_path, "x-rays").close()
+
+
+def test_a_torn_last_line_of_the_witness_is_what_a_crash_leaves(tmp_path: Path) -> None:
+    three_rounds(tmp_path)
+    witness = tmp_path / "ledger.witness"
+    witness.write_bytes(witness.read_bytes()[:-20])
+    Ledger(tmp_path, "x-rays").close()
+    assert len(witness.read_bytes().splitlines()) == 7
+
+
+def test_a_witness_that_cannot_be_written_spends_nothing(tmp_path: Path) -> None:
+    witness = tmp_path / "disk" / "witness"
+    with Ledger(tmp_path / "site", "x-rays", witness=witness) as ledger:
+        ledger.reserve(charge(1))
+        witness.unlink()
+        witness.mkdir()
+        for _ in range(3):
+            with pytest.raises(LedgerError, match="nothing was spent"):
+                ledger.reserve(charge(2))
+        assert ledger.spent() == [SamplingEvent(0.5, 2.0, 1)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE rounds SET digest = 'evil'",
+        "UPDATE rounds SET round = 7",
+        "UPDATE rounds SET round = 1, seq = 3",
+        "UPDATE rounds SET plan = 'b' || substr(plan, 2)",
+        "UPDATE rounds SET seq = 2",
+        "UPDATE rounds SET seq = 99",
+        "DELETE FROM rounds",
+    ],
+)
+def test_a_stored_round_that_was_not_committed_is_refused(tmp_path: Path, statement: str) -> None:
+    three_rounds(tmp_path)
+    with Ledger(tmp_path, "x-rays") as ledger:
+        before = ledger.finished(PLAN)
+        assert before is not None and before.round == 3
+        change(tmp_path, statement)
+        if not statement.startswith("DELETE"):
+            with pytest.raises(LedgerError, match="not what was committed"):
+                ledger.finished("b" + PLAN[1:] if "plan" in statement else PLAN)
+    with pytest.raises(LedgerError, match="stored round"):
+        Ledger(tmp_path, "x-rays")
+
+
+@pytest.mark.parametrize("damage", ["{\n", '{"seen": "{}", "signature": "00"}\n'])
 def test_a_damaged_witness_is_refused(tmp_path: Path, damage: str) -> None:
     three_rounds(tmp_path)
     (tmp_path / "ledger.witness").write_text(damage)
@@ -329,6 +416,7 @@ def test_the_account_in_memory_is_the_account_on_disk(
     pending: list[int] = []
     expected: dict[int, float] = {}
     sealed: set[str] = set()
+    plans: dict[int, str] = {}
     for action, sigma, plan in actions:
         if action == "restart":
             ledger.close()
@@ -339,8 +427,10 @@ def test_the_account_in_memory_is_the_account_on_disk(
         elif action == "reserve" and plan not in sealed:
             pending.append(ledger.reserve(charge(1, sigma, plan)))
             expected[pending[-1]] = sigma
+            plans[pending[-1]] = plan
         elif action == "commit" and pending:
-            ledger.commit(pending.pop(), plan, 1, "d" * 64, b"x")
+            seq = pending.pop()
+            ledger.commit(seq, plans[seq], 1, "d" * 64, b"x")
         elif action == "void" and pending:
             expected.pop(seq := pending.pop())
             ledger.void(seq)

@@ -95,7 +95,7 @@ def test_a_damaged_round_is_refused(store: SiteStore, damage: str) -> None:
             content.clear()
         connection.execute("UPDATE rounds SET content = ?", (bytes(content),))
     own = head(0.3)
-    with pytest.raises(CheckpointError, match="what this site wrote"):
+    with pytest.raises((CheckpointError, LedgerError), match=r"what this site wrote|committed"):
         store.last_round(PLAN, own)
     assert torch.equal(own.linear.weight, head(0.3).linear.weight)
 
