@@ -28,6 +28,9 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.units import pack
 
+SMALLEST = 8
+"""Records that go through the model at once at least."""
+
 
 class JointOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' flat clipping over all parameters, with noise from Fedgraft's own source.
@@ -89,7 +92,7 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
         self.zero_grad(set_to_none=True)
         self._clear(("grad_sample", "summed_grad"))
         for part, units in _parts(len(labels), physical_batch, sizes):
-            engine(tuple(tensor[part] for tensor in cached), labels[part])
+            self._gradients(engine, tuple(tensor[part] for tensor in cached), labels[part])
             self._contain()
             if units is not None:
                 self._average(units)
@@ -97,6 +100,23 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
             self._clear(("grad_sample",))
         self.add_noise()
         self._clear(("summed_grad",))
+
+    def _gradients(self, engine: Engine, cached: Cached, labels: torch.Tensor) -> None:
+        """Per-example gradients; a very small batch is filled up with copies, which are dropped.
+
+        Matrix kernels take other paths for one to three rows, so the last bits of one record's
+        gradient would tell how many others are there.
+        """
+        count = len(labels)
+        missing = SMALLEST - count
+        if missing > 0:
+            fill = torch.cat([torch.arange(count), torch.zeros(missing, dtype=torch.int64)])
+            cached = tuple(tensor[fill.to(tensor.device)] for tensor in cached)
+            labels = labels[fill.to(labels.device)]
+        engine(cached, labels)
+        if missing > 0:
+            for parameter in self.params:
+                parameter.grad_sample = parameter.grad_sample[:count]
 
     def _contain(self) -> None:
         """Float32, and zeros for a row (a record, or a unit's average) that is not finite.

@@ -38,12 +38,17 @@ MAXIMUM_BYTES = 2**31
 
 
 def guard(
-    reply: Message, number: int, schema: tuple[TensorSpec, ...] = (), committed: str | None = None
+    reply: Message,
+    request: Message,
+    number: int,
+    schema: tuple[TensorSpec, ...] = (),
+    committed: str | None = None,
 ) -> Message:
     """Lets a reply pass, or stops it.
 
     Args:
         reply: what is about to leave.
+        request: what it answers.
         number: the round that was asked for; 0 if the request had none.
         schema: the tensors that the plan calls for; empty if none may leave.
         committed: SHA-256 of the reply that the ledger holds for this plan and round; None if
@@ -55,7 +60,7 @@ def guard(
     Raises:
         EgressError: it holds anything else.
     """
-    word = _status(reply, number, ADAPTER)
+    word = _status(reply, request, number, ADAPTER)
     adapter = reply.content.array_records.get(ADAPTER)
     if adapter is None:
         raise _stopped("reply", "records of another kind", "arrays and configuration")
@@ -71,6 +76,8 @@ def guard(
         from_record(adapter, schema)
     except FedgraftError as error:
         raise _stopped(error.field, error.value, error.allowed) from None
+    if list(adapter) != sorted(adapter):
+        raise _stopped(ADAPTER, "tensors in another order", "tensors in the order of their names")
     found = digest(adapter)
     if committed is None or found != committed:
         raise _stopped(
@@ -80,13 +87,15 @@ def guard(
     return reply
 
 
-def guard_counts(reply: Message, number: int, committed: str | None = None) -> Message:
+def guard_counts(
+    reply: Message, request: Message, number: int, committed: str | None = None
+) -> Message:
     """The same for a released evaluation.
 
     Raises:
         EgressError: it holds anything but a status and the two counts that were committed.
     """
-    word = _status(reply, number, COUNTS)
+    word = _status(reply, request, number, COUNTS)
     counts = reply.content.metric_records.get(COUNTS)
     if counts is None:
         raise _stopped("reply", "records of another kind", "counts and configuration")
@@ -126,7 +135,30 @@ def digest_counts(counts: Counts) -> str:
     return hashlib.sha256(f"{counts.correct!r} {counts.total!r}".encode()).hexdigest()
 
 
-def _status(reply: Message, number: int, payload: str) -> str:
+def _mirror(reply: Message, request: Message) -> None:
+    """Metadata holds the request's own values, and no clock of the site's.
+
+    Raises:
+        EgressError: anything else.
+    """
+    mine, theirs = reply.metadata, request.metadata
+    mirrored = {
+        "run_id": (mine.run_id, theirs.run_id),
+        "src_node_id": (mine.src_node_id, theirs.dst_node_id),
+        "dst_node_id": (mine.dst_node_id, theirs.src_node_id),
+        "reply_to_message_id": (mine.reply_to_message_id, theirs.message_id),
+        "group_id": (mine.group_id, theirs.group_id),
+        "message_type": (mine.message_type, theirs.message_type),
+        "message_id": (mine.message_id, ""),
+    }
+    for name, (found, allowed) in mirrored.items():
+        if type(found) is not type(allowed) or found != allowed:
+            raise _stopped(f"metadata.{name}", repr(found), repr(allowed))
+    mine.ttl = theirs.ttl
+    mine.__dict__["_created_at"] = theirs.created_at  # when the site was done is its own affair
+
+
+def _status(reply: Message, request: Message, number: int, payload: str) -> str:
     """Checks everything but the payload.
 
     Returns:
@@ -134,6 +166,7 @@ def _status(reply: Message, number: int, payload: str) -> str:
     """
     if reply.has_error() or not reply.has_content():
         raise _stopped("reply", "an error or nothing", "records")
+    _mirror(reply, request)
     content = reply.content
     if type(content) is not RecordDict or sorted(content) != sorted((payload, STATUS)):
         raise _stopped("reply", sorted(content), f"{payload!r} and {STATUS!r}")

@@ -15,7 +15,7 @@ from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import SiteFile, load_site_file
 from fedgraft_client.store import SiteStore
-from fedgraft_common.errors import DataError
+from fedgraft_common.errors import DataError, PolicyError
 from fedgraft_common.plan import Plan
 
 
@@ -40,6 +40,12 @@ def open_site(
     """
     file, base = load_site_file(path), path.parent
     records = load_records(base / file.data.source, file.data.unit)
+    if file.policy.maximum_delta * records.unit_count >= 1:
+        raise PolicyError(
+            f"{path}: policy.maximum_delta", file.policy.maximum_delta,
+            "less than one over the units that the data really has",
+            "Choose a smaller delta; this message stays here.",
+        )  # fmt: skip
     held_out = None
     if file.data.held_out is not None:
         held_out = load_records(base / file.data.held_out, file.data.unit)

@@ -37,8 +37,8 @@ class Policy(Section):
     maximum_run_epsilon: float | None = Field(
         default=None,
         gt=0,
-        description="Epsilon that one run may spend, repeated rounds included. Absent: only the "
-        "lifetime counts.",
+        description="Epsilon that one plan may spend, repeated rounds included. Another plan is "
+        "another run: what bounds them together is maximum_epsilon. Absent: only that counts.",
     )
     minimum_noise_multiplier: float = Field(
         default=0.3, gt=0, description="Least sigma that a plan may come to at this site."
@@ -53,8 +53,8 @@ class Policy(Section):
     )
     backbones: tuple[str, ...] = Field(
         default=("any",),
-        description="SHA-256 of the weights allowed, in hexadecimal; or `any`, which still "
-        "demands that the plan names a hash.",
+        description="SHA-256 of the weights allowed, in hexadecimal; or `any`: whatever the plan "
+        "names by its hash, which leaves the choice to the federation's operator.",
     )
     adapters: tuple[str, ...] = Field(
         default=("ffa-lora", "lora", "film"), description="Adapter methods allowed."
@@ -121,7 +121,7 @@ def check_plan(policy: Policy, plan: Plan, unit: str, step: StepNoise) -> None:
     if privacy.epsilon > limit:
         rule = "maximum_run_epsilon" if policy.maximum_run_epsilon else "maximum_epsilon"
         raise _broken("privacy.epsilon", privacy.epsilon, f"at most {limit:g}", rule)
-    sigma = step.event.noise_multiplier if step.event else 0.0
+    sigma = min((event.noise_multiplier for event in step.events), default=0.0)
     if sigma < policy.minimum_noise_multiplier:
         raise _broken(
             "noise multiplier", round(sigma, 4),

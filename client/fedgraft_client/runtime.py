@@ -23,6 +23,7 @@ from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
 
 CHUNK = 256  # records that go through the frozen part at once
+BENCHES = 4  # models kept warm; a server that names more gets the oldest replaced
 SMALL = 2_000_000  # parameters below which waking a second thread costs more than it saves
 THREADS = torch.get_num_threads()
 
@@ -181,6 +182,8 @@ class Runtime:
         """The plan's workbench; built at the first call."""
         key = plan.model_dump_json(include={"seed", "backbone", "adapter"})
         if key not in self._benches:
+            while len(self._benches) >= BENCHES:
+                self._benches.pop(next(iter(self._benches))).release()
             self._benches[key] = Workbench(plan, self.device, self._locate(plan))
         return self._benches[key]
 

@@ -32,7 +32,7 @@ from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.refit import refit_head
-from fedgraft_client.runtime import Runtime, Workbench
+from fedgraft_client.runtime import BENCHES, Runtime, Workbench
 from fedgraft_client.store import SiteStore
 from fedgraft_client.training import train_round
 from fedgraft_client.units import unit_index
@@ -53,6 +53,7 @@ from fedgraft_common.messages import (
     Request,
     Status,
     Tensors,
+    check_range,
     from_record,
     read_request,
     status_of,
@@ -64,6 +65,7 @@ from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_common.signing import check_signature
 
 log = logging.getLogger(__name__)
+REMEMBERED = 32  # plans whose check and calibration are kept; more are worked out again
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +135,14 @@ class Site:
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
             bench = self.runtime.workbench(plan)
-            adapter = from_record(request.adapter, bench.adapted.schema)
+            adapter = self._adapter(request, bench)
             update = to_record(self._round(bench, plan, step, request.round, adapter))
             reply = write_reply(message, request.round, Status.OK, update)
             committed = self._committed(plan.hash, request.round)
-            return guard(reply, request.round, bench.adapted.schema, committed)
+            return guard(reply, message, request.round, bench.adapted.schema, committed)
 
         def refuse(number: int, status: Status) -> Message:
-            return guard(write_reply(message, number, status), number)
+            return guard(write_reply(message, number, status), message, number)
 
         return self._contain(message, work, refuse)
 
@@ -149,14 +151,14 @@ class Site:
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
             bench = self.runtime.workbench(plan)
-            adapter = from_record(request.adapter, bench.adapted.schema)
+            adapter = self._adapter(request, bench)
             counts = self._counts(bench, plan, step, request.round, adapter)
             reply = write_counts(message, request.round, Status.OK, counts)
             committed = self._committed(_evaluation_of(plan), request.round)
-            return guard_counts(reply, request.round, committed)
+            return guard_counts(reply, message, request.round, committed)
 
         def refuse(number: int, status: Status) -> Message:
-            return guard_counts(write_counts(message, number, status), number)
+            return guard_counts(write_counts(message, number, status), message, number)
 
         return self._contain(message, work, refuse)
 
@@ -165,14 +167,20 @@ class Site:
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
             bench = self.runtime.workbench(plan)
-            adapter = from_record(request.adapter, bench.adapted.schema)
+            adapter = self._adapter(request, bench)
             self.store.save_final(plan, adapter)
             return refuse(request.round, Status.KEPT)
 
         def refuse(number: int, status: Status) -> Message:
-            return guard(write_reply(message, number, status), number)
+            return guard(write_reply(message, number, status), message, number)
 
         return self._contain(message, work, refuse)
+
+    def _adapter(self, request: Request, bench: Workbench) -> Tensors:
+        """What the server sent, if the plan and common sense allow it."""
+        adapter = from_record(request.adapter, bench.adapted.schema)
+        check_range(adapter, bench.initial)
+        return adapter
 
     def _contain(
         self,
@@ -219,8 +227,17 @@ class Site:
                     "plan", "not JSON", "a plan as canonical JSON", "The message was ignored."
                 ) from None
             plan = parse_plan(document, origin="request")
+            if text != plan.canonical:
+                raise MessageError(
+                    "plan", "JSON in another form", "a plan as canonical JSON",
+                    "The message was ignored.",
+                )  # fmt: skip
+            while len(self._plans) >= REMEMBERED:
+                self._plans.pop(next(iter(self._plans)))
             self._plans[text] = plan, self.agree(plan)
         plan, step = self._plans[text]
+        while len(self._runs) >= 1000:
+            self._runs.pop(next(iter(self._runs)))
         if not self.config.simulated and self._runs.setdefault(run, plan.hash) != plan.hash:
             raise PlanError(
                 f"run {run}: plan", plan.hash[:12], f"{self._runs[run][:12]}, as it began",
@@ -398,6 +415,8 @@ class Site:
         """What the frozen prefix makes of the training records; computed once."""
         key = id(bench)
         if key not in self._caches:
+            while len(self._caches) >= BENCHES:
+                self._caches.pop(next(iter(self._caches)))
             kept = keep(bench.cache(self.records.images), self.store.directory)
             self._caches[key] = (bench, kept)
         return self._caches[key][1]

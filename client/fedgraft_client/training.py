@@ -17,7 +17,7 @@ from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.units import Batch, unit_index
 from fedgraft_common.mechanism import StepNoise
-from fedgraft_common.messages import Tensors
+from fedgraft_common.messages import Tensors, clamp
 from fedgraft_common.plan import Plan
 
 
@@ -95,4 +95,4 @@ def train_round(
         optimizer.step()
     joint.zero_grad(set_to_none=True)
     head.load_state_dict(model.head.state_dict())
-    return gradient_sum if distributed else bench.adapted.state()
+    return gradient_sum if distributed else clamp(bench.adapted.state(), bench.initial)

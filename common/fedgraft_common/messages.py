@@ -58,6 +58,9 @@ SIGNATURE: Final = "signature"
 
 Tensors = dict[str, torch.Tensor]
 
+RANGE: Final = 16.0
+"""How far an adapter's value may be from the initial one: public, and far beyond any training."""
+
 
 class Status(StrEnum):
     """All that a site ever says about how a round went. None of it depends on a private record,
@@ -220,6 +223,33 @@ def _header(spec: TensorSpec) -> bytes:
     facts = {"descr": np.dtype(spec.dtype).str, "fortran_order": False, "shape": spec.shape}
     np.lib.format.write_array_header_1_0(file, facts)
     return file.getvalue()
+
+
+def check_range(adapter: Tensors, initial: Tensors) -> None:
+    """Refuses an adapter that has left the public range around the plan's initial one.
+
+    No training goes there; a dishonest server might, because products of huge values that cancel
+    let float32 rounding, which depends on the batch, stand in for a clipped gradient.
+
+    Raises:
+        MessageError: names the tensor and its distance.
+    """
+    for name, tensor in adapter.items():
+        distance = float((tensor - initial[name]).abs().max()) if tensor.numel() else 0.0
+        if not distance <= RANGE:
+            raise MessageError(
+                f"adapter tensor {name}", f"{distance:g} away from the initial adapter",
+                f"at most {RANGE:g}",
+                "The server is dishonest, or the plan's step size is far too large.",
+            )  # fmt: skip
+
+
+def clamp(adapter: Tensors, initial: Tensors) -> Tensors:
+    """The nearest adapter inside that range; post-processing, which costs no privacy."""
+    return {
+        name: torch.clamp(tensor, initial[name] - RANGE, initial[name] + RANGE)
+        for name, tensor in adapter.items()
+    }
 
 
 def read_request(message: Message) -> Request:

@@ -27,6 +27,7 @@ from fedgraft_common.errors import PlanError
 
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
+MOST_STEPS = 100_000
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
@@ -139,14 +140,16 @@ class Training(Section):
         description="DP-SGD steps in a round (local mechanism and no DP). The distributed "
         "mechanism takes one step in a round.",
     )
-    learning_rate: float = Field(default=1.0, gt=0, description="SGD step size of the adapter.")
+    learning_rate: float = Field(
+        default=1.0, gt=0, le=1e4, description="SGD step size of the adapter."
+    )
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine",
         description="How step sizes change over the rounds. `cosine` goes from full to zero, which "
         "averages noise out towards the end (De et al. 2022, section 3).",
     )
     head_learning_rate: float = Field(
-        default=1.0, gt=0, description="SGD step size of a privately trained head."
+        default=1.0, gt=0, le=1e4, description="SGD step size of a privately trained head."
     )
 
 
@@ -161,7 +164,11 @@ class Privacy(Section):
     epsilon: float = Field(default=8.0, gt=0, description="Target epsilon of the run.")
     delta: float = Field(default=1e-5, gt=0, lt=1, description="Target delta of the run.")
     clipping_norm: float = Field(
-        default=1.0, gt=0, description="C: L2 bound of one unit's joint adapter and head gradient."
+        default=1.0,
+        ge=1e-3,
+        le=1e3,
+        description="C: L2 bound of one unit's joint adapter and head gradient. Far outside the "
+        "allowed range float32 rounding would decide, not clipping.",
     )
     unit: str = Field(
         default="record",
@@ -173,6 +180,7 @@ class Privacy(Section):
     records_per_unit: int = Field(
         default=8,
         ge=1,
+        le=1024,
         description="Records of one unit used in one step at most, chosen afresh each time; the "
         "unit's gradient is their average. It does not change epsilon. Without a column it has no "
         "meaning.",
@@ -341,6 +349,11 @@ class Plan(Section):
             raise ValueError(
                 "training.sample_rate is missing: with the distributed mechanism every site must "
                 "compute the same noise, so the plan states the sample rate"
+            )
+        if self.steps > MOST_STEPS:
+            raise ValueError(
+                f"{self.steps} steps (rounds.count * training.local_steps) are more than "
+                f"{MOST_STEPS}, the most that are accounted in one run"
             )
         if self.adapter.method == "none" and self.privacy.mechanism == "distributed":
             raise ValueError(

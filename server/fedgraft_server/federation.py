@@ -25,11 +25,13 @@ from fedgraft_common.messages import (
     COUNTS,
     EVALUATE,
     FINAL,
+    ROUND,
     STATUS,
     Counts,
     Status,
     Tensors,
     TensorSpec,
+    clamp,
     digest,
     from_record,
     read_counts,
@@ -94,13 +96,14 @@ def run_federation(
     model = adapted_backbone(plan, backbone)
     aggregator = Aggregator(plan, model.schema, signature)
     checkpoint = newest_checkpoint(directory, plan) or Checkpoint(0, model.state(), {})
+    initial = model.state()
     aggregator.restore(checkpoint.strategy)
     adapter = checkpoint.adapter
     for number in range(checkpoint.round + 1, plan.rounds.count + 1):
         requests = aggregator.requests(number, adapter, grid)
         replies = grid.send_and_receive(requests, timeout=plan.rounds.deadline)
         updates = usable_updates(plan, model.schema, number, list(replies))
-        adapter = aggregator.next_adapter(number, adapter, updates)
+        adapter = clamp(aggregator.next_adapter(number, adapter, updates), initial)
         finished = Checkpoint(number, adapter, aggregator.state())
         save_checkpoint(directory, plan, finished, durable)
         size = sum(t.nbytes for update in updates for t in update.values())
@@ -142,6 +145,9 @@ def evaluate(
         node = reply.metadata.src_node_id
         if read_status(reply) is not Status.OK:
             log.warning("round %d, node %d: no evaluation: %s", number, node, read_status(reply))
+            continue
+        if reply.content.config_records[STATUS].get(ROUND) != number:
+            log.warning("round %d, node %d: a late answer was ignored", number, node)
             continue
         try:
             found = read_counts(reply.content.metric_records.get(COUNTS))

@@ -38,14 +38,14 @@ COMMITTED = digest(to_record(ADAPTER))
 
 def test_the_accounted_adapter_passes() -> None:
     made = reply()
-    assert guard(made, 3, SCHEMA, COMMITTED) is made
+    assert guard(made, request(), 3, SCHEMA, COMMITTED) is made
 
 
 @pytest.mark.parametrize("status", [s for s in Status if s is not Status.OK])
 def test_a_status_without_tensors_passes(status: Status) -> None:
     made = reply(status)
-    assert guard(made, 3) is made
-    assert guard(made, 3, SCHEMA, COMMITTED) is made
+    assert guard(made, request(), 3) is made
+    assert guard(made, request(), 3, SCHEMA, COMMITTED) is made
 
 
 def arrays(made: Message) -> ArrayRecord:
@@ -141,44 +141,44 @@ def test_everything_else_is_stopped(attack: Callable[[Message], object], words: 
     made = reply()
     attack(made)
     with pytest.raises(EgressError) as caught:
-        guard(made, 3, SCHEMA, COMMITTED)
+        guard(made, request(), 3, SCHEMA, COMMITTED)
     assert words in str(caught.value)
     assert "Nothing left the site" in str(caught.value)
 
 
 def test_what_the_ledger_does_not_know_is_stopped() -> None:
     with pytest.raises(EgressError, match="one that the ledger committed"):
-        guard(reply(), 3, SCHEMA, None)
+        guard(reply(), request(), 3, SCHEMA, None)
     with pytest.raises(EgressError, match="the ledger's"):
-        guard(reply(), 3, SCHEMA, "0" * 64)
+        guard(reply(), request(), 3, SCHEMA, "0" * 64)
 
 
 def test_tensors_without_a_plan_are_stopped() -> None:
     with pytest.raises(EgressError, match="0 tensors"):
-        guard(reply(), 3, (), COMMITTED)
+        guard(reply(), request(), 3, (), COMMITTED)
 
 
 def test_tensors_beside_a_refusal_are_stopped() -> None:
     made = write_reply(request(), 3, Status.POLICY, to_record(ADAPTER))
     with pytest.raises(EgressError, match="none with status refused-policy"):
-        guard(made, 3, SCHEMA, COMMITTED)
+        guard(made, request(), 3, SCHEMA, COMMITTED)
 
 
 def test_an_answer_to_another_round_is_stopped() -> None:
     with pytest.raises(EgressError, match="allowed: 4"):
-        guard(reply(number=3), 4, SCHEMA, COMMITTED)
+        guard(reply(number=3), request(), 4, SCHEMA, COMMITTED)
 
 
 def test_an_adapter_that_is_too_large_is_stopped() -> None:
     with pytest.raises(EgressError, match="bytes together"):
-        guard(reply(), 3, (TensorSpec("x", (2**30,)),), COMMITTED)
+        guard(reply(), request(), 3, (TensorSpec("x", (2**30,)),), COMMITTED)
 
 
 def test_flowers_error_reply_is_stopped() -> None:
     """Flower puts an exception's text into it."""
     made = Message(Error(0, "patient 4711"), reply_to=request())
     with pytest.raises(EgressError, match="an error or nothing"):
-        guard(made, 0)
+        guard(made, request(), 0)
 
 
 def test_a_package_holds_what_passed() -> None:
@@ -200,3 +200,41 @@ def test_a_package_holds_what_passed() -> None:
             guard_package(other, plain)
     with pytest.raises(EgressError, match="packed adapter"):
         guard_package(package, empty)
+
+
+METADATA: dict[str, object] = {
+    "_group_id": "secret-loss-0.31",
+    "_run_id": 4711,
+    "_src_node_id": 4711,
+    "_dst_node_id": 4711,
+    "_reply_to_message_id": "patient 4711",
+    "_message_type": "train.patient4711",
+    "_message_id": "4711",
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_says_nothing_of_its_own(name: str) -> None:
+    made = reply()
+    made.metadata.__dict__[name] = METADATA[name]
+    with pytest.raises(EgressError, match=f"metadata.{name[1:]}"):
+        guard(made, request(), 3, SCHEMA, COMMITTED)
+
+
+def test_no_clock_of_the_site_leaves() -> None:
+    asked, made = request(), reply()
+    asked.metadata.__dict__["_created_at"] = asked.metadata.created_at - 100.0
+    made.metadata.ttl = 3.25
+    passed = guard(made, asked, 3, SCHEMA, COMMITTED)
+    assert passed.metadata.created_at == asked.metadata.created_at
+    assert passed.metadata.ttl == asked.metadata.ttl
+
+
+def test_the_order_of_tensors_says_nothing() -> None:
+    made = reply()
+    record = ArrayRecord()
+    for name in reversed(list(arrays(made))):
+        record[name] = arrays(made)[name]
+    made.content["adapter"] = record
+    with pytest.raises(EgressError, match="another order"):
+        guard(made, request(), 3, SCHEMA, COMMITTED)

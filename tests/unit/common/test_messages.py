@@ -16,11 +16,14 @@ from fedgraft_common.errors import MessageError
 from fedgraft_common.messages import (
     ADAPTER,
     PLAN,
+    RANGE,
     ROUND,
     STATUS,
     Status,
     Tensors,
     TensorSpec,
+    check_range,
+    clamp,
     from_record,
     read_request,
     read_status,
@@ -268,3 +271,19 @@ def test_unreadable_status_counts_as_failed(content: RecordDict) -> None:
 
 def test_error_reply_counts_as_failed() -> None:
     assert read_status(Message(Error(0, "lost"), reply_to=request(None))) is Status.FAILED
+
+
+def test_an_adapter_far_from_its_start_is_refused() -> None:
+    initial = {"a": torch.tensor([20.0, -3.0])}
+    check_range({"a": initial["a"] + RANGE}, initial)
+    check_range({"a": initial["a"] - RANGE}, initial)
+    for wrong in (initial["a"] + 17, initial["a"] * 1e6, torch.tensor([float("nan"), 0.0])):
+        with pytest.raises(MessageError, match=r"adapter tensor a: found '.* away"):
+            check_range({"a": wrong}, initial)
+
+
+def test_clamping_stays_in_range_and_leaves_the_rest_alone() -> None:
+    initial = {"a": torch.tensor([20.0, -3.0, 0.0])}
+    found = clamp({"a": torch.tensor([21.0, 900.0, -900.0])}, initial)
+    assert found["a"].tolist() == [21.0, 13.0, -16.0]
+    check_range(found, initial)

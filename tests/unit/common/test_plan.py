@@ -91,6 +91,15 @@ def hashed_fields() -> set[str]:
         ({"privacy": {"unit": "patient id"}}, "privacy.unit", "'patient id'", "match pattern"),
         ({"privacy": {"unit": ""}}, "privacy.unit", "''", "match pattern"),
         ({"privacy": {"unit": "id\n"}}, "privacy.unit", r"'id\n'", "match pattern"),
+        ({"privacy": {"clipping_norm": 1e-44}}, "privacy.clipping_norm", "1e-44", "equal to 0.001"),
+        ({"privacy": {"clipping_norm": 1e30}}, "privacy.clipping_norm", "1e+30", "equal to 1000"),
+        ({"training": {"learning_rate": 1e39}}, "training.learning_rate", "1e+39", "equal to 1"),
+        (
+            {"rounds": {"count": 100_000}, "training": {"local_steps": 2}},
+            "plan",
+            "",
+            "200000 steps",
+        ),
         ({"privacy": {"records_per_unit": 0}}, "privacy.records_per_unit", "0", "equal to 1"),
         ({"seed": 2**63}, "seed", str(2**63), "less than"),
         ({"name": "Two Words"}, "name", "'Two Words'", "match pattern"),
@@ -352,3 +361,8 @@ def test_noise_shares() -> None:
     for sites in (None, 5):
         with pytest.raises(PlanError, match=r"aggregation\.sites: found .*more than 5"):
             _ = Plan().replace({"aggregation.sites": sites} | lost).noise_shares
+
+
+def test_a_run_has_a_largest_number_of_steps() -> None:
+    with pytest.raises(PlanError, match="200000 steps"):
+        Plan().replace({"rounds.count": 100_000, "training.local_steps": 2})
