@@ -94,12 +94,6 @@ def hashed_fields() -> set[str]:
         ({"privacy": {"clipping_norm": 1e-44}}, "privacy.clipping_norm", "1e-44", "equal to 0.001"),
         ({"privacy": {"clipping_norm": 1e30}}, "privacy.clipping_norm", "1e+30", "equal to 1000"),
         ({"training": {"learning_rate": 1e39}}, "training.learning_rate", "1e+39", "equal to 1"),
-        (
-            {"rounds": {"count": 100_000}, "training": {"local_steps": 2}},
-            "plan",
-            "",
-            "200000 steps",
-        ),
         ({"privacy": {"records_per_unit": 0}}, "privacy.records_per_unit", "0", "equal to 1"),
         ({"seed": 2**63}, "seed", str(2**63), "less than"),
         ({"name": "Two Words"}, "name", "'Two Words'", "match pattern"),
