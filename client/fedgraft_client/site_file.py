@@ -55,6 +55,17 @@ class Data(Section):
     )
 
 
+class Monitoring(Section):
+    """`[monitoring]`: ports of 127.0.0.1 that the daemon opens for this machine."""
+
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="For Prometheus. Absent: none."
+    )
+    health_port: int | None = Field(
+        default=None, ge=1, le=65535, description="For grpc.health.v1. Absent: none."
+    )
+
+
 class SiteFile(Section):
     """A site's configuration."""
 
@@ -83,6 +94,7 @@ class SiteFile(Section):
     )
     data: Data
     policy: Policy = Policy()
+    monitoring: Monitoring = Monitoring()
 
     def store_directory(self, base: Path) -> Path:
         """Where the ledger and the heads of this data set are; `base` is the file's directory."""
