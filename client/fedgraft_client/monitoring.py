@@ -28,7 +28,7 @@ def monitored(
     Raises:
         PolicyError: a port of `[monitoring]` is taken.
     """
-    listeners = [daemon.on_change, lambda health: health.write(status)]
+    listeners: list[Callable[[Health], None]] = [daemon.on_change, lambda h: h.write(status)]
     ports = file.monitoring
     with contextlib.ExitStack() as stack:
         if ports.metrics_port is not None:
