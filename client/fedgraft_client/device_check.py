@@ -63,8 +63,10 @@ def load_bench(runtime: Runtime, plan: Plan) -> tuple[str, Workbench]:
     )
 
 
-def cache_bytes(bench: Workbench, records: int) -> int:
+def cache_bytes(bench: Workbench | None, records: int) -> int:
     """Disk that the cached prefix of so many records needs; 0 if it stays in memory."""
+    if bench is None:
+        return 0
     example = bench.adapted.backbone.example(1, torch.Generator().manual_seed(0))
     with suppress(torch.OutOfMemoryError):
         kept = bench.prefix.compute(example.to(bench.device))

@@ -5,6 +5,7 @@ The ledger is read, never written: no budget is spent, and no line is added.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -16,7 +17,7 @@ from fedgraft_client.entry import Entry, find_faults, spent
 from fedgraft_client.policy import Policy, check_plan
 from fedgraft_client.site_file import SiteFile
 from fedgraft_client.witness import Witness
-from fedgraft_common.accounting import epsilon, epsilon_bound
+from fedgraft_common.accounting import SamplingEvent, epsilon, epsilon_bound
 from fedgraft_common.errors import LedgerError, PolicyError, PrivacyError
 from fedgraft_common.mechanism import step_noise
 from fedgraft_common.plan import Plan
@@ -107,13 +108,14 @@ def check_budget(entries: list[Entry], policy: Policy) -> tuple[str, float]:
     return f"epsilon {left:.2f} of {policy.maximum_epsilon:g} left", left
 
 
-def check_policy(file: SiteFile, plan: Plan | None, events: list[Any]) -> tuple[str, None]:
+def check_policy(
+    file: SiteFile, plan: Plan | None, events: Sequence[SamplingEvent]
+) -> tuple[str, None]:
     """A plan is within the site's own rules and budget."""
     policy = file.policy
     limits = f"epsilon {policy.maximum_epsilon:g} at delta {policy.maximum_delta:g}"
     if plan is None:
         return f"{limits}, approval {policy.approval}; no --plan to hold against it", None
-
     if plan.privacy.mechanism != "local":
         raise PrivacyError(
             "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",

@@ -6,7 +6,7 @@
     ├── BackboneError     a backbone directory, manifest or weights file
     ├── AdapterError      an adapter method or target that does not fit the backbone
     ├── GradientError     per-example gradients that cannot be made exact
-    ├── DeviceError       a processor or its memory
+    ├── DeviceError       a site's machine: memory, disk
     ├── DataError         a site's records
     ├── LedgerError       a site's privacy ledger: damaged, rolled back, in use, overdrawn
     ├── PolicyError       what a site's own policy does not allow, or the site file is wrong
@@ -72,7 +72,7 @@ class GradientError(FedgraftError):
 
 
 class DeviceError(FedgraftError):
-    """The device that a site computes on has no room for the work."""
+    """The machine that a site computes on has no room for the work."""
 
 
 class DataError(FedgraftError):
