@@ -12,6 +12,10 @@
     [policy]
     maximum_epsilon = 8.0
 
+    [monitoring]                         # optional; both on 127.0.0.1 only
+    metrics_port = 9464                  # Prometheus
+    health_port = 9465                   # grpc.health.v1
+
 Paths are relative to the file. Unknown keys are refused.
 """
 

@@ -62,7 +62,8 @@ def home(tmp_path: Path) -> Path:
 
 def save(directory: Path, **changes: Any) -> None:
     images = np.random.default_rng(0).random((60, 8, 8), dtype=np.float32)
-    np.savez(directory / "train.npz", **{"images": images, "labels": np.arange(60) % 2} | changes)
+    arrays: dict[str, Any] = {"images": images, "labels": np.arange(60) % 2, **changes}
+    np.savez(directory / "train.npz", **arrays)
 
 
 def checked(home: Path, plan: Plan | None = None) -> dict[str, Result]:
