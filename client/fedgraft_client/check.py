@@ -39,6 +39,7 @@ from fedgraft_common.plan import Plan
 T = TypeVar("T")
 LEAST_DISK: Final = GIB  # bytes that ledger, heads and logs may want
 AHEAD: Final = 5.0  # seconds; Flower refuses calls of a site whose clock is further ahead
+_DEPENDS: Final = "not checked: see the line it depends on"
 DAY: Final = 86400.0  # seconds
 
 
@@ -102,9 +103,11 @@ class Checkup:
             identity_at = base / file.home / "identity"
             yield self._look("identity", lambda: check_identity(identity_at, self._clock()))
         identity: Identity | None = self._value if file is not None else None
-        yield self._after("connection", identity, lambda i: connect(i, self._ask, self._clock))
+        has_joined = file is None or (base / file.home / "identity").exists()
+        why = _DEPENDS if has_joined else "not joined"
+        yield self._after("connection", identity, lambda i: connect(i, self._ask, self._clock), why)
         offset: tuple[float, float] | None = self._value
-        yield self._after("clock", offset, lambda found: check_clock(*found))
+        yield self._after("clock", offset, lambda found: check_clock(*found), why)
         memory = file.policy.gpu_memory if file else None
         yield self._look("device", lambda: check_device(file.device if file else "auto", memory))
         device: torch.device | None = self._value
@@ -142,10 +145,16 @@ class Checkup:
             )
         return Result(name, True, found)
 
-    def _after(self, name: str, needed: T | None, work: Callable[[T], tuple[str, Any]]) -> Result:
+    def _after(
+        self,
+        name: str,
+        needed: T | None,
+        work: Callable[[T], tuple[str, Any]],
+        why: str = _DEPENDS,
+    ) -> Result:
         if needed is None:
             self._value = None
-            return Result(name, None, "not checked: see the line it depends on")
+            return Result(name, None, why)
         return self._look(name, lambda: work(needed))
 
 

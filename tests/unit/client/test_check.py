@@ -97,6 +97,7 @@ def test_a_site_that_has_not_joined_is_checked_as_far_as_possible(home: Path, pl
     }  # fmt: skip
     assert found["identity"].found == "identity: not joined"
     assert "fedgraft site join INVITE" in found["identity"].action
+    assert found["connection"].found == "not joined"
     assert "60 records; 60 units declared" in found["data"].found
     assert found["classes"].found == "even 30, odd 30"
     assert "glyphs" in found["backbone"].found
