@@ -114,6 +114,7 @@ class Daemon:
         pace: how often it asks.
         health: its account of itself.
         on_change: called after `health` changed; writes the status file.
+        on_answer: told about each answer: Flower's message type, status and seconds it took.
         clock: monotonic seconds.
         wall: seconds since the epoch.
         sleep: waits.
@@ -126,6 +127,7 @@ class Daemon:
     pace: Pace = field(default_factory=Pace)
     health: Health = field(default_factory=Health)
     on_change: Callable[[Health], None] = lambda _: None
+    on_answer: Callable[[str, Status, float], None] = lambda *_: None
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
@@ -194,9 +196,12 @@ class Daemon:
         self._enter(State.WORKING)
         facts = {"run": run, "round": _asked_round(message), "site": self.name}
         log.info("received a request", extra={"action": "receive", **facts})
+        began = self.clock()
         reply = self._answer(message, connection.node_id)
         self._pending = connection.prepare(reply)
         status = read_status(reply)
+        self.health.status = status.value
+        self.on_answer(message.metadata.message_type, status, self.clock() - began)
         if status is Status.OK:
             self.health.round = _number(reply, STATUS)
         log.info("answered: %s", status, extra={"action": "answer", **facts})

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from opacus.optimizers import DPOptimizer
 
+from fedgraft_client.device_memory import smaller
 from fedgraft_client.gradients import Engine
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.units import pack
 
 SMALLEST = 8
-"""Records that go through the model at once at least."""
+"""Records that go through the model at once at least, if as many fit."""
 
 
 class JointOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -76,39 +77,127 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
         labels: torch.Tensor,
         physical_batch: int,
         sizes: torch.Tensor | None = None,
-    ) -> None:
+    ) -> int:
         """Clips, sums and noises the gradients of one Poisson batch into each `grad`.
+
+        When the device runs out of memory, the part of the batch that did not fit is computed
+        again in smaller parts. It is the same batch: nothing is sampled anew, each unit is in the
+        sum once, and noise is drawn once, at the end.
 
         Args:
             engine: computes per-example gradients.
-            cached: the batch's tensors, N records first; N may be 0.
+            cached: the batch's tensors, N records first, on any device; N may be 0.
             labels: (N,) int64.
-            physical_batch: records whose gradients are held in memory at once; it changes
-                neither the sum nor the noise.
+            physical_batch: records whose gradients are computed at once; it changes neither the
+                sum nor the noise.
             sizes: (B,) int64 on the CPU, how many consecutive records each unit has, at least 1
-                and N together; None if every record is a unit. No unit is split over two physical
-                batches, so one with more records than `physical_batch` makes a larger one.
+                and N together; None if every record is a unit. A unit is averaged whole before
+                it is clipped, also one with more records than `physical_batch`.
+
+        Returns:
+            The physical batch that the device had room for: `physical_batch`, or less.
+
+        Raises:
+            DeviceError: the device has no room for a single record.
         """
         self.zero_grad(set_to_none=True)
         self._clear(("grad_sample", "summed_grad"))
-        for part, units in _parts(len(labels), physical_batch, sizes):
-            self._gradients(engine, tuple(tensor[part] for tensor in cached), labels[part])
-            self._contain()
-            if units is not None:
-                self._average(units)
-            self.clip_and_accumulate()
-            self._clear(("grad_sample",))
+        physical_batch = self._add(engine, cached, labels, physical_batch, sizes)
         self.add_noise()
         self._clear(("summed_grad",))
+        return physical_batch
 
-    def _gradients(self, engine: Engine, cached: Cached, labels: torch.Tensor) -> None:
+    def _add(
+        self,
+        engine: Engine,
+        cached: Cached,
+        labels: torch.Tensor,
+        physical_batch: int,
+        sizes: torch.Tensor | None,
+    ) -> int:
+        """Adds the clipped gradients to `summed_grad`; returns the physical batch that fitted."""
+        done = 0
+        for part, units in _parts(len(labels), physical_batch, sizes):
+            inputs, answers = tuple(tensor[part] for tensor in cached), labels[part]
+            if not self._add_part(engine, inputs, answers, physical_batch, units):
+                half = smaller(physical_batch, len(answers))
+                rest = tuple(tensor[part.start :] for tensor in cached)
+                left = None if sizes is None else sizes[done:]
+                return self._add(engine, rest, labels[part.start :], half, left)
+            done += 0 if units is None else len(units)
+        return physical_batch
+
+    def _add_part(
+        self,
+        engine: Engine,
+        cached: Cached,
+        labels: torch.Tensor,
+        physical_batch: int,
+        sizes: torch.Tensor | None,
+    ) -> bool:
+        """Adds one part to the sum, whole; or, if memory did not suffice, nothing of it.
+
+        Memory may run out when the first parameters have been added and the others have not.
+        Adding them again would let a unit contribute more than C, so the sum so far is set aside
+        and replaced only when all of the part is there.
+        """
+        before = [parameter.summed_grad for parameter in self.params]
+        self._clear(("summed_grad",))
+        try:
+            self._compute(engine, cached, labels, physical_batch, sizes)
+            self.clip_and_accumulate()
+            after = [
+                parameter.summed_grad if total is None else total + parameter.summed_grad
+                for parameter, total in zip(self.params, before, strict=True)
+            ]
+        except torch.OutOfMemoryError:
+            after = None
+        for parameter, total in zip(self.params, before if after is None else after, strict=True):
+            parameter.summed_grad = total
+        self._clear(("grad_sample",))
+        return after is not None
+
+    def _compute(
+        self,
+        engine: Engine,
+        cached: Cached,
+        labels: torch.Tensor,
+        physical_batch: int,
+        sizes: torch.Tensor | None,
+    ) -> None:
+        """Sets each `grad_sample` to one row per unit of a part."""
+        device = self.params[0].device
+        if len(labels) <= physical_batch:
+            inputs = tuple(tensor.to(device) for tensor in cached)
+            self._gradients(engine, inputs, labels.to(device), physical_batch)
+            self._contain()
+            if sizes is not None:
+                self._average(sizes)
+            return
+        # One unit that is larger than the physical batch: its average, from one pass after another.
+        totals = [torch.zeros_like(p, dtype=torch.float32) for p in self.params]
+        for start in range(0, len(labels), physical_batch):
+            chunk = slice(start, start + physical_batch)
+            inputs = tuple(tensor[chunk].to(device) for tensor in cached)
+            self._gradients(engine, inputs, labels[chunk].to(device), physical_batch)
+            self._contain()
+            for parameter, total in zip(self.params, totals, strict=True):
+                total.add_((parameter.grad_sample / len(labels)).sum(dim=0))
+            self._clear(("grad_sample",))
+        for parameter, total in zip(self.params, totals, strict=True):
+            parameter.grad_sample = total.unsqueeze(0)
+        self._contain()
+
+    def _gradients(
+        self, engine: Engine, cached: Cached, labels: torch.Tensor, physical_batch: int
+    ) -> None:
         """Per-example gradients; a very small batch is filled up with copies, which are dropped.
 
         Matrix kernels take other paths for one to three rows, so the last bits of one record's
         gradient would tell how many others are there.
         """
         count = len(labels)
-        missing = SMALLEST - count
+        missing = min(SMALLEST, physical_batch) - count
         if missing > 0:
             fill = torch.cat([torch.arange(count), torch.zeros(missing, dtype=torch.int64)])
             cached = tuple(tensor[fill.to(tensor.device)] for tensor in cached)

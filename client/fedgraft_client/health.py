@@ -1,16 +1,25 @@
 """What a site daemon is doing, for `fedgraft site status` and whoever watches the machine.
 
 The file stays at the site: it may say why something failed. Nothing in it is measured on records.
+Its time of change is a heartbeat: a round may take hours, in which the daemon writes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
-from fedgraft_common.files import write_atomically
+from fedgraft_common.atomic import write_atomically
+
+BEAT: Final = 10.0  # seconds between two heartbeats
+STALE: Final = 60.0  # seconds without one, after which the daemon counts as dead
 
 
 class State(StrEnum):
@@ -35,6 +44,8 @@ class Health:
         run: Flower's number of the run of the last request, as text: it does not fit JSON's
             numbers.
         round: number of the last answered round; 0 before the first.
+        status: what the last reply said: a word of `fedgraft_common.messages.Status`; empty before
+            the first.
         answered: requests answered since the daemon started.
         connections: how often it connected.
         last_answer: when the last reply reached the server; 0 before the first.
@@ -47,6 +58,7 @@ class Health:
     since: float = 0.0
     run: str = ""
     round: int = 0
+    status: str = ""
     answered: int = 0
     connections: int = 0
     last_answer: float = 0.0
@@ -69,3 +81,62 @@ def read_health(path: Path) -> Health:
         return Health(**document | {"state": State(document["state"])})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a status file: {error}") from None
+
+
+@contextlib.contextmanager
+def heartbeat(path: Path, seconds: float = BEAT) -> Iterator[None]:
+    """Keeps the time of a status file fresh, from a thread, while the context lasts."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(seconds):
+            with contextlib.suppress(OSError):  # not written yet, or the disk is gone for a while
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a status file says about the daemon.
+
+    Attributes:
+        word: `running`, `stopped`, `stale` (it died or hangs) or `absent` (it never ran here).
+        age: seconds since its last sign of life; infinite if there is no file.
+        health: its own account; None if there is none.
+    """
+
+    word: str
+    age: float
+    health: Health | None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the daemon is alive."""
+        return self.word == "running"
+
+
+def sight(path: Path, now: float) -> Sighting:
+    """Looks at a status file.
+
+    Args:
+        path: the file.
+        now: seconds since the epoch.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        health = read_health(path)
+        age = max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return Sighting("absent", float("inf"), None)
+    if health.state is State.STOPPED:
+        return Sighting("stopped", age, health)
+    return Sighting("running" if age < STALE else "stale", age, health)

@@ -183,6 +183,18 @@ def load_identity(
     )  # fmt: skip
 
 
+def whoami(identity: Identity) -> dict[str, Any]:
+    """What the gateway says about this site, over mutual TLS.
+
+    Returns:
+        Among others `site`, its name there, and `time`, the server's clock in seconds since 1970.
+
+    Raises:
+        IdentityError: the gateway cannot be reached, or does not let this site in.
+    """
+    return _call(identity.facts.gateway, "GET", "/whoami", identity.ssl_context())
+
+
 def renew_if_due(
     identity: Identity, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
 ) -> Identity | None:

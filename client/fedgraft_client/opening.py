@@ -51,7 +51,7 @@ def open_site(
         held_out = load_records(base / file.data.held_out, file.data.unit)
     store = open_store(file, base)
     try:
-        runtime = Runtime(file.device, file.physical_batch, locate)
+        runtime = Runtime(file.device, file.physical_batch, locate, file.policy.gpu_memory)
         config = SiteConfig(file.name, file.classes, file.data.nominal_size)
         return Site(
             config, records, runtime, store, file.policy,

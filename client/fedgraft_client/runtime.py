@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedgraft_client.device_memory import in_chunks, limit_memory
 from fedgraft_client.gradients import CHECK_RECORDS, Engine, Verdict, choose_engine
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached, Prefix
@@ -100,17 +101,20 @@ class Workbench:
             torch.set_num_threads(1 if size < SMALL else THREADS)
         self.prefix = Prefix(self.adapted)
         self.verdicts: tuple[Verdict, ...] = ()
+        self._chunk = CHUNK
         self._kind: tuple[int, bool] | None = None
         self._trainer: tuple[SiteModel, Engine] | None = None
 
     def cache(self, images: torch.Tensor) -> Cached:
         """Runs the frozen prefix over images (N, C, H, W) in [0, 1]; the result is on the CPU."""
         prepare = self.adapted.backbone.manifest.preprocessing
-        parts: list[Cached] = []
+
+        def compute(part: slice) -> Cached:
+            kept = self.prefix.compute(prepare(images[part]).to(self.device))
+            return tuple(tensor.cpu() for tensor in kept)
+
         with lower_precision(self.dtype, self.device.type):
-            for chunk in images.split(CHUNK):
-                kept = self.prefix.compute(prepare(chunk).to(self.device))
-                parts.append(tuple(tensor.cpu() for tensor in kept))
+            parts, self._chunk = in_chunks(compute, len(images), self._chunk)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def features(self, adapter: Tensors, cached: Cached) -> torch.Tensor:
@@ -118,9 +122,12 @@ class Workbench:
         self.adapted.load(adapter)
         model = SiteModel(self.prefix, LinearHead(self.adapted.feature_dim, 2), self.device)
         model.dtype = self.dtype
-        chunks = zip(*(tensor.split(CHUNK) for tensor in cached), strict=True)
+
+        def compute(part: slice) -> torch.Tensor:
+            return model.features(*(tensor[part].to(self.device) for tensor in cached)).cpu()
+
         with torch.no_grad():
-            parts = [model.features(*(t.to(self.device) for t in c)).cpu() for c in chunks]
+            parts, self._chunk = in_chunks(compute, len(cached[0]), self._chunk)
         return torch.cat(parts)
 
     def trainer(self, head: LinearHead) -> tuple[SiteModel, Engine]:
@@ -163,6 +170,14 @@ class Runtime:
         device: `auto`, `cpu` or `cuda:N`.
         physical_batch: records whose gradients are in memory at once.
         locate: fetches a plan's backbone and says where it lies; None where the plan says it.
+        gpu_memory: GiB of the device that tensors may take (`policy.gpu_memory`); None for all.
+
+    Attributes:
+        physical_batch: as given, or the smaller one that the device had room for.
+
+    Raises:
+        PlanError: no such device on this machine.
+        PolicyError: `gpu_memory` is more than the device has.
     """
 
     def __init__(
@@ -170,13 +185,19 @@ class Runtime:
         device: str = "auto",
         physical_batch: int = 256,
         locate: Callable[[Plan], Path | None] = lambda _: None,
+        gpu_memory: float | None = None,
     ) -> None:
         self.device = choose_device(device)
+        limit_memory(self.device, gpu_memory)
         self._locate = locate
         if self.device.type == "cuda":  # TF32 convolutions would fail the gradient check
             torch.backends.cudnn.allow_tf32 = False
         self.physical_batch = physical_batch
         self._benches: dict[str, Workbench] = {}
+
+    def remember(self, physical_batch: int) -> None:
+        """The device has room for this many records at once; later rounds begin with that."""
+        self.physical_batch = min(self.physical_batch, physical_batch)
 
     def workbench(self, plan: Plan) -> Workbench:
         """The plan's workbench; built at the first call."""

@@ -346,7 +346,7 @@ class Site:
         try:
             update = train_round(
                 bench, plan, number, adapter, head, cached, labels, step, noise,
-                self.runtime.physical_batch, self.records.units,
+                self.runtime.physical_batch, self.records.units, self.runtime.remember,
             )  # fmt: skip
         except BaseException:
             if reservation is not None and noise.untouched:  # no batch was ever drawn

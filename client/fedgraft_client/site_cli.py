@@ -12,6 +12,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from fedgraft_client.check_cli import check, status
 from fedgraft_client.join_cli import join
 from fedgraft_common.plan import load_plan
 
@@ -23,6 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML), or a waiting plan (JSON).")]
 DEFAULT = Path("site.toml")
 app.command("join")(join)
+app.command("check")(check)
+app.command("status")(status)
 
 
 @app.command()

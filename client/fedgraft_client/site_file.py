@@ -12,6 +12,10 @@
     [policy]
     maximum_epsilon = 8.0
 
+    [monitoring]                         # optional; both on 127.0.0.1 only
+    metrics_port = 9464                  # Prometheus
+    health_port = 9465                   # grpc.health.v1
+
 Paths are relative to the file. Unknown keys are refused.
 """
 
@@ -55,6 +59,17 @@ class Data(Section):
     )
 
 
+class Monitoring(Section):
+    """`[monitoring]`: ports of 127.0.0.1 that the daemon opens for this machine."""
+
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="For Prometheus. Absent: none."
+    )
+    health_port: int | None = Field(
+        default=None, ge=1, le=65535, description="For grpc.health.v1. Absent: none."
+    )
+
+
 class SiteFile(Section):
     """A site's configuration."""
 
@@ -83,6 +98,7 @@ class SiteFile(Section):
     )
     data: Data
     policy: Policy = Policy()
+    monitoring: Monitoring = Monitoring()
 
     def store_directory(self, base: Path) -> Path:
         """Where the ledger and the heads of this data set are; `base` is the file's directory."""

@@ -8,6 +8,8 @@ Shapes: N records of the site, first dimension of every cached tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fedgraft_client.dp import JointOptimizer
@@ -33,6 +35,7 @@ def train_round(
     noise: NoiseSource,
     physical_batch: int,
     units: torch.Tensor | None = None,
+    remember: Callable[[int], None] = lambda _: None,
 ) -> Tensors:
     """Takes the round's steps; `head` is trained in place if the plan trains it.
 
@@ -51,6 +54,7 @@ def train_round(
         physical_batch: records whose gradients are held in memory at once.
         units: (N,) int64, the unit of each record (`Records.units`); needed if the plan protects
             a column, ignored if it protects records.
+        remember: told when the device had room for a smaller physical batch only.
 
     Returns:
         local and none: the adapter after the steps. distributed: the site's noisy sum of adapter
@@ -84,9 +88,11 @@ def train_round(
             batch = Batch(torch.from_numpy(noise.poisson_sample(len(labels), step.sample_rate)))
         else:
             batch = index.sample(noise, step.sample_rate, plan.privacy.records_per_unit)
-        chosen = tuple(tensor[batch.records].to(bench.device) for tensor in cached)
-        answers = labels[batch.records].to(bench.device)
-        joint.noisy_sum(engine, chosen, answers, physical_batch, batch.sizes)
+        chosen = tuple(tensor[batch.records] for tensor in cached)  # to the device part by part
+        fitted = joint.noisy_sum(engine, chosen, labels[batch.records], physical_batch, batch.sizes)
+        if fitted < physical_batch:
+            physical_batch = fitted
+            remember(fitted)
         if distributed:  # the adapter takes its step at the server, from the sum over sites
             for name, parameter in bench.adapted.adapter.items():
                 assert parameter.grad is not None  # noqa: S101 - noisy_sum sets it

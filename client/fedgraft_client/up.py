@@ -20,6 +20,7 @@ from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.connection import Dialler, FleetConnection
 from fedgraft_client.daemon import Daemon, Pace
 from fedgraft_client.identity import Identity, load_identity, renew_if_due
+from fedgraft_client.monitoring import monitored
 from fedgraft_client.opening import open_site
 from fedgraft_client.site import Site
 from fedgraft_client.site_file import load_site_file
@@ -117,8 +118,8 @@ def resident(
                 Link(identity, home / "node"),
                 client_app(lambda _: site),
                 pace=pace or Pace(),
-                on_change=lambda health: health.write(home / "status.json"),
             )
-            yield daemon
+            with monitored(daemon, file, home / "status.json", site.store.ledger.spent):
+                yield daemon
         finally:
             site.store.close()

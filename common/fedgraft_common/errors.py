@@ -6,6 +6,7 @@
     ├── BackboneError     a backbone directory, manifest or weights file
     ├── AdapterError      an adapter method or target that does not fit the backbone
     ├── GradientError     per-example gradients that cannot be made exact
+    ├── DeviceError       a site's machine: memory, disk
     ├── DataError         a site's records
     ├── LedgerError       a site's privacy ledger: damaged, rolled back, in use, overdrawn
     ├── PolicyError       what a site's own policy does not allow, or the site file is wrong
@@ -68,6 +69,10 @@ class AdapterError(FedgraftError):
 
 class GradientError(FedgraftError):
     """No available method computes exact per-example gradients for this model."""
+
+
+class DeviceError(FedgraftError):
+    """The machine that a site computes on has no room for the work."""
 
 
 class DataError(FedgraftError):

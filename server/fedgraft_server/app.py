@@ -23,6 +23,7 @@ from fedgraft_common.errors import ServerError
 from fedgraft_common.logs import set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_server.federation import RoundSummary, run_federation
+from fedgraft_server.metrics import FILE, RunMetrics
 from fedgraft_server.superlink_grid import SuperlinkGrid
 
 log = logging.getLogger(__name__)
@@ -68,13 +69,15 @@ def main(grid: Grid, context: Context) -> None:
     enough = plan.aggregation.minimum_sites
     if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
         enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
-    superlink = SuperlinkGrid(grid, sites, enough)
+    metrics = RunMetrics(directory / FILE)
+    superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply)
     count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
     log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
 
     def note(summary: RoundSummary) -> None:
         facts = {"action": "round", "round": summary.number}
         log.info("round %d: %d updates", summary.number, summary.sites, extra=facts)
+        metrics.on_round(summary)
 
     signature, backbone = (str(context.run_config.get(k, "")) for k in ("signature", "backbone"))
     where = Path(backbone) if backbone else None

@@ -185,7 +185,7 @@ def up(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
-    from fedgraft_server import logs
+    from fedgraft_server import logs, metrics
     from fedgraft_server.settings import ServerDirectory
     from fedgraft_server.up import Service, serve
 
@@ -193,6 +193,7 @@ def up(
     services: list[Service] = []
     if importlib.util.find_spec(_BACKBONE_SERVICE) is not None:
         services.append(importlib.import_module(_BACKBONE_SERVICE).serve)
+    services.append(metrics.serve)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(ServerDirectory(directory.absolute()), services))
 

@@ -82,6 +82,12 @@ class CertificatesTable(_Table):
     )
 
 
+class MonitoringTable(_Table):
+    """For whoever looks after this machine; on 127.0.0.1 only."""
+
+    metrics_port: Port | None = Field(default=None, description="For Prometheus; none without it.")
+
+
 class Settings(_Table):
     """All of federation.toml."""
 
@@ -90,6 +96,7 @@ class Settings(_Table):
     backbone: BackboneTable = BackboneTable()
     superlink: SuperLinkTable = SuperLinkTable()
     certificates: CertificatesTable = CertificatesTable()
+    monitoring: MonitoringTable = MonitoringTable()
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:

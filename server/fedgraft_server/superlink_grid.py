@@ -84,6 +84,7 @@ class SuperlinkGrid(Grid):
         patience: how often it looks and how long it waits.
         clock: monotonic seconds.
         sleep: waits.
+        on_reply: told about each reply, once.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class SuperlinkGrid(Grid):
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        on_reply: Callable[[Message], None] = lambda _: None,
     ) -> None:
         self._grid = grid
+        self._on_reply = on_reply
         self._sites = frozenset(sites)
         self._enough = enough
         self._patience = patience or Patience()
@@ -170,7 +173,7 @@ class SuperlinkGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Delivers messages and returns the replies of this round."""
-        return list(self.receive(messages, timeout))
+        return list(self.receive(messages, timeout, self._on_reply))
 
     def receive(
         self,

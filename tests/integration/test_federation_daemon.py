@@ -30,6 +30,7 @@ from fedgraft_common.messages import Status, Tensors, write_reply
 from fedgraft_common.plan import Plan, load_plan
 from fedgraft_server.checkpoint import newest_checkpoint
 from fedgraft_server.federation import server_app
+from fedgraft_server.metrics import FILE, read_counts
 from fedgraft_server.runs import Runs
 from fedgraft_simulations.benchmarks.federation_overhead import bundle, finish, new_key
 from fedgraft_simulations.benchmarks.flower_processes import process, superlink, supernode
@@ -135,6 +136,10 @@ def test_resident_sites_give_the_adapter_of_the_simulation(
     assert [d.health.answered for d in daemons] == [3, 3]
     assert [d.health.round for d in daemons] == [3, 3]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert read_counts(tmp_path / "run" / FILE) == {
+        ("fedgraft_server_rounds", ""): 3.0,
+        ("fedgraft_server_updates", "ok"): 6.0,
+    }
     log = "".join(server.logs(number))
     assert "round 3: 2 updates" in log
     with pytest.raises(ServerError, match=r"was not stopped|HTTP"):

@@ -36,6 +36,12 @@ def train(message: Message, context: Context) -> Message:
     return write_reply(message, request.round, Status.OK, moved)
 
 
+@app.query()
+def keep_final(message: Message, context: Context) -> Message:
+    """The run's last message."""
+    return write_reply(message, read_request(message).round, Status.KEPT)
+
+
 def main(address: str, key_file: Path, status_file: Path | None = None) -> None:
     """Answers until a signal says otherwise."""
     set_up_logs(as_json=True)

@@ -135,4 +135,8 @@ def echo_app() -> ClientApp:
         adapter = from_record(request.adapter, schema)
         return write_reply(message, request.round, Status.OK, to_record(adapter))
 
+    @app.query()
+    def keep_final(message: Message, context: Context) -> Message:
+        return write_reply(message, read_request(message).round, Status.KEPT)
+
     return app

@@ -93,6 +93,7 @@ def write_images(path: Path, count: int) -> None:
 def run(plan: Plan, directory: Path) -> dict[str, float]:
     """The job: figures by name."""
     started = time.perf_counter()
+    before = len(psutil.Process().children(recursive=True))
     finished: list[float] = []
 
     def note(_: RoundSummary) -> None:
@@ -109,7 +110,7 @@ def run(plan: Plan, directory: Path) -> dict[str, float]:
         "first round (loads, checks, caches), s": rounds[0],
         "a later round, s": median(rounds[1:] or rounds),
         "peak memory, GB": peak_memory() / 1e9,
-        "child processes": float(len(psutil.Process().children(recursive=True))),
+        "child processes": float(len(psutil.Process().children(recursive=True)) - before),
     }
 
 
