@@ -53,8 +53,9 @@ class Policy(Section):
     )
     backbones: tuple[str, ...] = Field(
         default=("any",),
-        description="SHA-256 of the weights allowed, in hexadecimal; or `any`: whatever the plan "
-        "names by its hash, which leaves the choice to the federation's operator.",
+        description="SHA-256 of the weights allowed, in hexadecimal; `signer:KEY`, whatever the "
+        "operator with this Ed25519 public key (hexadecimal) signs; or `any` that the plan names "
+        "by its hash.",
     )
     adapters: tuple[str, ...] = Field(
         default=("ffa-lora", "lora", "film"), description="Adapter methods allowed."
@@ -92,12 +93,14 @@ class Policy(Section):
     @classmethod
     def _reads_as_hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name != "any" and not re.fullmatch(r"[0-9a-f]{64}", name):
-                raise ValueError(f"{name!r}: 64 hexadecimal digits, or 'any'")
+            if name != "any" and not re.fullmatch(r"(signer:)?[0-9a-f]{64}", name):
+                raise ValueError(f"{name!r}: 64 hexadecimal digits, 'signer:' and 64, or 'any'")
         return value
 
 
-def check_plan(policy: Policy, plan: Plan, unit: str, step: StepNoise) -> None:
+def check_plan(
+    policy: Policy, plan: Plan, unit: str, step: StepNoise, signer: str | None = None
+) -> None:
     """Holds a plan against the policy. The budget is another matter: `fedgraft_client.budget`.
 
     Args:
@@ -105,6 +108,7 @@ def check_plan(policy: Policy, plan: Plan, unit: str, step: StepNoise) -> None:
         plan: what the server asks.
         unit: what the site protects.
         step: the noise that the plan comes to at this site.
+        signer: public key in hexadecimal that the plan's signature was checked with, if any.
 
     Raises:
         PolicyError: the first rule it breaks.
@@ -132,16 +136,16 @@ def check_plan(policy: Policy, plan: Plan, unit: str, step: StepNoise) -> None:
         raise _broken("name", plan.name, ", ".join(policy.tasks), "tasks")
     if plan.evaluations and not policy.release_evaluation:
         raise _broken("evaluation.every", plan.evaluation.every, "0", "release_evaluation")
-    _check_backbone(policy, plan)
+    _check_backbone(policy, plan, signer)
 
 
-def _check_backbone(policy: Policy, plan: Plan) -> None:
+def _check_backbone(policy: Policy, plan: Plan, signer: str | None) -> None:
     if plan.backbone.source.startswith("embedded:") and "any" in policy.backbones:
         return  # comes with the program, not with the plan
     found = plan.backbone.sha256
     if found is None:
         raise _broken("backbone.sha256", "none", "the SHA-256 of the weights", "backbones")
-    if "any" not in policy.backbones:
+    if "any" not in policy.backbones and f"signer:{signer}" not in policy.backbones:
         _one_of("backbone.sha256", found, policy.backbones, "backbones")
 
 

@@ -271,7 +271,9 @@ class Site:
         step = self.step(plan)
         if self.policy is None:
             return step
-        check_plan(self.policy, plan, self.store.ledger.unit, step)
+        key = self.operator_key
+        signer = None if key is None else key.public_bytes_raw().hex()
+        check_plan(self.policy, plan, self.store.ledger.unit, step, signer)
         if self.policy.approval == "manual" and not self.store.approved(plan):
             raise ApprovalError(
                 f"plan {plan.name}", plan.hash[:12], "a plan the operator has approved",

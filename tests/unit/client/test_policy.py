@@ -34,6 +34,18 @@ def test_a_modest_plan_passes() -> None:
     check_plan(strict, asked, "record", STEP)
 
 
+def test_a_signer_vouches_for_backbones() -> None:
+    rules = Policy(backbones=(f"signer:{PINNED}",))
+    asked = plan(backbone__source="dir:model", backbone__sha256="cd" * 32)
+    check_plan(rules, asked, "record", STEP, signer=PINNED)
+    for other in (None, "ef" * 32):
+        with pytest.raises(PolicyError, match=r"backbone\.sha256"):
+            check_plan(rules, asked, "record", STEP, signer=other)
+    unpinned = plan(backbone__source="dir:model")
+    with pytest.raises(PolicyError, match="the SHA-256 of the weights"):
+        check_plan(rules, unpinned, "record", STEP, signer=PINNED)
+
+
 @pytest.mark.parametrize(
     ("rules", "changes", "words"),
     [
@@ -105,3 +117,14 @@ def test_hours(hours: str | None, clock: str, open_: bool) -> None:
 def test_a_policy_that_makes_no_sense_is_refused(rules: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Policy(**rules)
+
+
+def test_the_noise_of_an_evaluation_counts_too() -> None:
+    step = StepNoise(0.5, 1.0, 2.0, 2.0, STEP.event, SamplingEvent(1.0, 1.5, 2))
+    asked = plan(evaluation__every=30)
+    rules = Policy(minimum_noise_multiplier=1.8, release_evaluation=True)
+    with pytest.raises(PolicyError, match=r"noise multiplier: found 1\.5"):
+        check_plan(rules, asked, "record", step)
+    check_plan(Policy(minimum_noise_multiplier=1.4, release_evaluation=True), asked, "record", step)
+    with pytest.raises(PolicyError, match=r"policy\.release_evaluation"):
+        check_plan(Policy(), asked, "record", step)

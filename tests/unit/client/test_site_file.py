@@ -71,6 +71,7 @@ def test_data_that_cannot_be_used_leaves_the_ledger_free(tmp_path: Path) -> None
         ('name = "x-rays-2026"', 'name = "../other"', "data.name: found '../other'"),
         ('["healthy", "ill"]', '["healthy"]', "classes: found"),
         ("[data]", "[data", "a site file: TOML"),
+        ('name = "north"', "simulated = true", "simulated: found True; allowed: no such key"),
     ],
 )
 def test_a_wrong_site_file(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -84,6 +85,14 @@ def test_a_wrong_site_file(tmp_path: Path, old: str, new: str, words: str) -> No
 def test_a_missing_site_file(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="No such file"):
         load_site_file(tmp_path / "site.toml")
+
+
+def test_delta_is_held_against_the_real_number_of_units(tmp_path: Path) -> None:
+    save_records(tmp_path / "train.npz")
+    text = GOOD.replace("nominal_size = 12", "nominal_size = 2")
+    path = write(tmp_path, text.replace("maximum_epsilon = 4.0", "maximum_delta = 0.3"))
+    with pytest.raises(PolicyError, match="units that the data really has"):
+        open_site(path)
 
 
 @pytest.mark.parametrize(
