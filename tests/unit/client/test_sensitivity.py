@@ -19,7 +19,11 @@ from torch import nn
 
 from fedgraft_client.dp import JointOptimizer
 from fedgraft_client.gradients import Engine, Hooks, Loop, Vmap
+from fedgraft_client.head import initial_head
 from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.runtime import Workbench
+from fedgraft_common.messages import RANGE, check_range
+from fedgraft_common.plan import Plan
 
 ENGINES: dict[str, Callable[[nn.Module], Engine]] = {"hooks": Hooks, "vmap": Vmap, "loop": Loop}
 WIDTH, CLASSES = 4, 3
@@ -247,3 +251,46 @@ def test_in_float32_rounding_adds_next_to_nothing(
     gap, _ = case.distance(everyone, everyone[1:], clipping_norm, 256)
     assert gap <= clipping_norm * (1 + 1e-4)
     case.engine.close()
+
+
+@pytest.mark.parametrize("records", [2, 4, 8, 9])
+def test_a_cancelling_adapter_gains_nothing_from_rounding(records: int) -> None:
+    """A dishonest server's best inside the allowed range: huge rank-one parts that cancel.
+
+    Their float32 remainder decides the gradients of all records, and it depends on the kernel, so
+    on how many records there are. At values of 1e6 the distance reached 1.9 C; `check_range` does
+    not let those in, and tiny batches are filled up.
+    """
+    plan = Plan().replace(
+        {"adapter.method": "lora", "adapter.layers": "last:1", "head.scale": 14.0}
+    )
+    bench = Workbench(plan, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    crafted = {}
+    for name, start in bench.initial.items():
+        values = torch.randn(start.shape, generator=generator)
+        if "lora_A" in name:
+            values[1::2] = values[0::2] * 3
+        else:
+            values[:, 1::2] = -values[:, 0::2] / 3
+        crafted[name] = start + values * (RANGE / values.abs().max())
+    check_range(crafted, bench.initial)
+    bench.adapted.load(crafted)
+    head = initial_head(plan, ("a", "b"), bench.adapted.feature_dim)
+    model, engine = bench.trainer(head)
+    images = torch.rand(records, 1, 8, 8, generator=generator)
+    labels = torch.randint(2, (records,), generator=generator)
+    cached = bench.cache(images)
+
+    def total(kept: slice) -> torch.Tensor:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        sgd = torch.optim.SGD([{"params": parameters, "noise_std": 0.0}], lr=1.0)
+        joint = JointOptimizer(sgd, 1.0, NoiseSource.for_simulation("none"))
+        joint.noisy_sum(engine, tuple(t[kept] for t in cached), labels[kept], 256)
+        found = torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+        joint.zero_grad(set_to_none=True)
+        return found
+
+    whole = total(slice(0, records))
+    for kept in (slice(0, records - 1), slice(1, records)):
+        assert float((whole - total(kept)).norm()) <= 1.0 + 1e-4
