@@ -120,7 +120,8 @@ class JointOptimizer(DPOptimizer):  # type: ignore[misc]
         for part, units in _parts(len(labels), physical_batch, sizes):
             inputs, answers = tuple(tensor[part] for tensor in cached), labels[part]
             if not self._add_part(engine, inputs, answers, physical_batch, units):
-                half = smaller(physical_batch, len(answers))
+                filled = max(len(answers), min(SMALLEST, physical_batch))  # see `_gradients`
+                half = smaller(physical_batch, filled)
                 rest = tuple(tensor[part.start :] for tensor in cached)
                 left = None if sizes is None else sizes[done:]
                 return self._add(engine, rest, labels[part.start :], half, left)

@@ -40,7 +40,7 @@ def check_ledger(file: SiteFile, base: Path) -> tuple[str, list[Entry]]:
     if faults := find_faults(entries, key):
         raise LedgerError(
             str(path), f"{faults[0]} ({len(faults)} faults)", "the lines that this site wrote",
-            "Put the newest backup back; `fedgraft ledger recover` then charges what it lacks.",
+            "Put the newest backup back; `fedgraft ledger recover` then adds what it lacks.",
         )  # fmt: skip
     for name, mine in (("dataset", file.data.name), ("unit", file.data.unit)):
         if (found := str(entries[0].body.get(name))) != mine:
@@ -50,11 +50,18 @@ def check_ledger(file: SiteFile, base: Path) -> tuple[str, list[Entry]]:
             )  # fmt: skip
     _check_key(key_file, key.public_bytes_raw())
     if witness.exists():
-        seen = witness.read()
-        if [e.hash for e in seen] != [e.hash for e in entries[: len(seen)]]:
+        seen = [entry.hash for entry in witness.read()]
+        if seen != [entry.hash for entry in entries[: len(seen)]]:
+            found = f"{len(entries)} entries" if len(entries) < len(seen) else "another history"
             raise LedgerError(
-                str(path), f"{len(entries)} entries", f"entry {len(seen)}, which the witness saw",
+                str(path), found, f"the {len(seen)} entries that the witness saw",
                 "An old copy was put back: put the newest back, or `fedgraft ledger recover`.",
+            )  # fmt: skip
+        if len(entries) - len(seen) > 1:
+            raise LedgerError(
+                str(witness.path), f"{len(seen)} entries", f"{len(entries)}, those of the ledger",
+                "An old copy of the witness was put back: put the newest back, or "
+                "`fedgraft ledger recover`.",
             )  # fmt: skip
     elif len(entries) > 1:
         raise LedgerError(

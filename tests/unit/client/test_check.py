@@ -156,6 +156,10 @@ def test_what_is_wrong_with_a_ledger(home: Path) -> None:
     assert "An old copy was put back" in found["ledger"].action
     assert (found["budget"].ok, found["policy"].ok) == (None, None)
     (at / "ledger.sqlite3").write_bytes(new)
+    witness = (at / "ledger.witness").read_bytes()
+    (at / "ledger.witness").write_bytes(b"".join(witness.splitlines(keepends=True)[:-2]))
+    assert "An old copy of the witness" in checked(home)["ledger"].action
+    (at / "ledger.witness").write_bytes(witness)
     for name, text in (("ledger.key", "Put it back from a backup"), ("ledger.witness", "disk")):
         content = (at / name).read_bytes()
         (at / name).unlink()

@@ -116,6 +116,18 @@ def test_what_was_added_before_memory_ran_out_is_not_added_again(
     assert torch.allclose(torch.cat([model.first.grad, model.second.grad]), expected, atol=1e-5)
 
 
+def test_copies_that_fill_up_a_small_batch_are_not_what_fails_it() -> None:
+    model = Model()
+    groups = [{"params": [model.first, model.second], "lr": 1.0, "noise_std": 0.0}]
+    noise = NoiseSource.for_simulation("test_device_memory")
+    optimizer = JointOptimizer(torch.optim.SGD(groups), 99.0, noise)
+    labels = torch.zeros(1, dtype=torch.int64)
+    fitted = optimizer.noisy_sum(Full(model, 4), (rows(1),), labels, 16)
+    assert fitted == 4
+    assert model.first.grad is not None
+    assert torch.allclose(model.first.grad, rows(1)[0])
+
+
 def test_no_room_for_one_record_is_said_and_is_a_failure() -> None:
     with pytest.raises(DeviceError, match=r"one record.*raise policy.gpu_memory") as raised:
         step(0)
