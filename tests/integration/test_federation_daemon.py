@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -123,9 +124,17 @@ def test_resident_sites_give_the_adapter_of_the_simulation(
 ) -> None:
     expected = in_process(plan, tmp_path / "local")
 
+    lock = threading.Lock()  # a site has a process of its own; Python's warnings are global
+
     def app(number: int) -> ClientApp:
         sites = SimulatedSites(plan, tmp_path / f"site-{number}", "cpu")
-        return client_app(lambda context: sites[number])
+        answer = client_app(lambda context: sites[number])
+
+        def one_at_a_time(message: Message, context: Context) -> Message:
+            with lock:
+                return answer(message, context)
+
+        return cast(ClientApp, one_at_a_time)
 
     with resident(server, [app(0), app(1)]) as daemons:
         until(lambda: all(d.health.connected for d in daemons), "both connected")
@@ -133,7 +142,7 @@ def test_resident_sites_give_the_adapter_of_the_simulation(
         number = server.start(plan, tmp_path / "run", nodes)
         finish(server, number)
     assert_same(final_adapter(plan, tmp_path / "run"), expected, plan)
-    assert [d.health.answered for d in daemons] == [3, 3]
+    assert [d.health.answered for d in daemons] == [4, 4]  # three rounds and the final adapter
     assert [d.health.round for d in daemons] == [3, 3]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert read_counts(tmp_path / "run" / FILE) == {
@@ -148,6 +157,7 @@ def test_resident_sites_give_the_adapter_of_the_simulation(
 
 HOSTILE = """
 from pathlib import Path
+from typing import cast
 Path({marker!r}).write_text("a site ran code from the network")
 raise SystemExit("hostile")
 """
@@ -273,7 +283,8 @@ def test_a_site_that_is_killed_and_restarted_takes_part_again(
         until(lambda: not processes[0].is_running() or processes[0].status() == "zombie", "ended")
         health = read_health(tmp_path / "killed-0.json")
         assert (health.state, health.draining, health.connected) == (State.STOPPED, True, False)
-        assert health.answered == health.round == plan.rounds.count
+        assert health.round == plan.rounds.count
+        assert health.answered == plan.rounds.count + 1  # and the final adapter
         lines = (tmp_path / "killed-0.log").read_text(encoding="utf-8").splitlines()
         actions = [json.loads(line)["action"] for line in lines if line.startswith("{")]
         assert actions[0] == "connect"
