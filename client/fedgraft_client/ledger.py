@@ -51,8 +51,8 @@ from fedgraft_client.entry import (
 )
 from fedgraft_client.witness import Witness
 from fedgraft_common.accounting import SamplingEvent, merge
+from fedgraft_common.atomic import write_new
 from fedgraft_common.errors import LedgerError, SealedError
-from fedgraft_common.files import write_atomically
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -338,16 +338,22 @@ class Ledger:
         return self._witness.read() if self._witness is not None and self._witness.exists() else []
 
     def _create(self, seen: list[Entry], recover: bool) -> None:
+        """Makes the tables and the first line, in one transaction: actors of a simulation race."""
+        opened: list[Entry] = []
         with self._transaction() as connection:
             for statement in filter(None, map(str.strip, _TABLES.split(";"))):
                 connection.execute(statement)
-            empty = not read_entries(connection, "ORDER BY seq DESC LIMIT 1")
-        if empty and seen and not recover:
-            raise self._rolled_back("no entries", seen[-1].seq)
-        if empty and not seen:
-            public = self.public_key.public_bytes_raw().hex()
-            body = {"dataset": self.dataset, "unit": self.unit, "key": public}
-            self._append(Kind.OPEN, body)
+            if not read_entries(connection, "ORDER BY seq DESC LIMIT 1"):
+                if seen and not recover:
+                    raise self._rolled_back("no entries", seen[-1].seq)
+                if not seen:
+                    public = self.public_key.public_bytes_raw().hex()
+                    body = {"dataset": self.dataset, "unit": self.unit, "key": public}
+                    now = int(self._clock())
+                    opened = [Entry.signed(1, now, Kind.OPEN, body, GENESIS, self._key)]
+                    _insert(connection, opened[0])
+        if opened and self._witness is not None:
+            self._witness.append(opened)
 
     def _check(self) -> None:
         """Compares the file with itself and with the site file."""
@@ -553,8 +559,8 @@ def _signing_key(path: Path, durable: bool, existing: bool) -> Ed25519PrivateKey
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        write_atomically(path, pem, durable)
-        return key
+        if write_new(path, pem, durable):
+            return key  # else another process was first: theirs counts
     try:
         found = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (ValueError, OSError) as error:

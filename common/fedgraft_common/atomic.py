@@ -36,3 +36,25 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def write_new(path: Path, content: bytes, durable: bool = True) -> bool:
+    """Writes a file whole, unless there is one: of several processes exactly one succeeds.
+
+    Args:
+        path: its directory is made if need be.
+        content: all of it.
+        durable: whether to wait until the disk has it.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    whole = path.with_name(f".{path.name}.{os.getpid()}.new")
+    write_atomically(whole, content, durable)
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        return False
+    finally:
+        whole.unlink(missing_ok=True)
+    return True

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from shutil import copytree
 
@@ -371,6 +372,32 @@ def test_two_processes_cannot_share_a_ledger(tmp_path: Path) -> None:
     other.start()
     assert words.get(timeout=60) == "opened"
     other.join()
+
+
+def _make(directory: Path, keys: multiprocessing.Queue[str], together: Barrier) -> None:
+    together.wait(60)
+    ledger = Ledger(directory, "x-rays", durable=False)
+    ledger.reserve(charge(1))
+    keys.put(ledger.public_key.public_bytes_raw().hex())
+
+
+def test_processes_of_a_simulation_agree_on_a_new_ledger(tmp_path: Path) -> None:
+    """Ray's actors make the same site at the same time; all must sign with one key."""
+    context = multiprocessing.get_context("fork")
+    for attempt in range(12):
+        keys: multiprocessing.Queue[str] = context.Queue()
+        together = context.Barrier(4)
+        directory = tmp_path / str(attempt)
+        others = [context.Process(target=_make, args=(directory, keys, together)) for _ in range(4)]
+        for other in others:
+            other.start()
+        found = {keys.get(timeout=60) for _ in others}
+        for other in others:
+            other.join()
+        assert len(found) == 1
+        ledger = Ledger(directory, "x-rays", durable=False)
+        assert find_faults(ledger.entries(), ledger.public_key) == []
+        assert ledger.spent() == [SamplingEvent(0.5, 2.0, 4)]
 
 
 def test_a_closed_ledger_says_so(tmp_path: Path) -> None:
