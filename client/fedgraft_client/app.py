@@ -19,6 +19,8 @@ from fedgraft_common.messages import ADAPTER, Status, write_counts, write_reply
 from fedgraft_common.packing import is_packed, pack, unpack
 
 log = logging.getLogger(__name__)
+Ask = Callable[[Site, Message], Message]
+Refuse = Callable[[Message, int, Status], Message]
 
 
 def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
@@ -29,32 +31,25 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
     """
     app = ClientApp(mods=[packed])
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
+    def answer(message: Message, context: Context, ask: Ask, refuse: Refuse) -> Message:
         try:
             site = site_for(context)
         except Exception:  # Flower would send its text to the server
             log.exception("there is no site for this message")
-            return write_reply(message, 0, Status.FAILED)
-        return site.answer(message)
+            return refuse(message, 0, Status.FAILED)
+        return ask(site, message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, context, Site.answer, write_reply)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        try:
-            site = site_for(context)
-        except Exception:
-            log.exception("there is no site for this message")
-            return write_counts(message, 0, Status.FAILED)
-        return site.evaluate(message)
+        return answer(message, context, Site.evaluate, write_counts)
 
     @app.query()
     def keep_final(message: Message, context: Context) -> Message:
-        try:
-            site = site_for(context)
-        except Exception:
-            log.exception("there is no site for this message")
-            return write_reply(message, 0, Status.FAILED)
-        return site.keep_final(message)
+        return answer(message, context, Site.keep_final, write_reply)
 
     return app
 
