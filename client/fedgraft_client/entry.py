@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -221,3 +221,27 @@ def spent(entries: Iterable[Entry], plan: str | None = None) -> list[SamplingEve
         bodies = entry.body.get("lost", []) if entry.kind is Kind.RECOVER else [entry.body]
         events += [event_of(b) for b in bodies if plan is None or b.get("plan") == plan]
     return merge(events)
+
+
+def output_of(body: Mapping[str, Any]) -> str:
+    """What a `reserve` entry pays for, as the stored rounds are named: plan, or its evaluation."""
+    plan = str(body["plan"])
+    return evaluation_of(plan) if body["purpose"] == "evaluate" else plan
+
+
+def evaluation_of(plan: str) -> str:
+    """The name of a plan's released counts among the stored rounds."""
+    return f"{plan}/evaluate"
+
+
+def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
+    """Entry that committed the newest output of each plan; none where lines were put back."""
+    known = {e.seq: e for e in entries}
+    newest: dict[str, int] = {}
+    for entry in entries:
+        if entry.kind is Kind.COMMIT and (reserve := known.get(int(entry.body["reserve"]))):
+            newest[output_of(reserve.body)] = entry.seq
+        elif entry.kind is Kind.RECOVER and "restored" in entry.body:
+            first = entry.seq - int(entry.body["restored"])
+            newest = {plan: seq for plan, seq in newest.items() if seq < first}
+    return newest

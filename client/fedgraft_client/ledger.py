@@ -1,4 +1,6 @@
-"""A site's durable account of everything computed from one data set that may leave it.
+"""A site's privacy ledger; long, because all that may write to it is in this one file.
+
+The durable account of everything computed from one data set that may leave the site.
 
     reserve -> the round's first gradient ... its last -> commit, together with head and reply
 
@@ -28,15 +30,14 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from filelock import FileLock, Timeout
 
 from fedgraft_client.entry import (
@@ -47,11 +48,13 @@ from fedgraft_client.entry import (
     charges,
     event_of,
     find_faults,
+    newest_commits,
+    output_of,
     spent,
 )
+from fedgraft_client.ledger_key import signing_key
 from fedgraft_client.witness import Witness
 from fedgraft_common.accounting import SamplingEvent, merge
-from fedgraft_common.atomic import write_new
 from fedgraft_common.errors import LedgerError, SealedError
 
 _TABLES = """
@@ -122,7 +125,7 @@ class Ledger:
         if durable:
             self._take_lock()
         try:
-            self._key = _signing_key(directory / "ledger.key", durable, self.path.exists())
+            self._key = signing_key(directory / "ledger.key", durable, self.path.exists())
             if durable:
                 self._connection = self._connect()
             self._witness = Witness(witness or directory / "ledger.witness") if durable else None
@@ -251,10 +254,7 @@ class Ledger:
         reserve = entries.get(int(commit.body["reserve"]))
         if reserve is None or reserve.kind is not Kind.RESERVE:
             return False
-        output = reserve.body["plan"] + (
-            "/evaluate" if reserve.body["purpose"] == "evaluate" else ""
-        )
-        if (output, reserve.body["round"]) != (plan, number):
+        if (output_of(reserve.body), reserve.body["round"]) != (plan, number):
             return False
         return all(entry.is_signed_by(self.public_key) for entry in (commit, reserve))
 
@@ -520,20 +520,6 @@ def _insert(connection: sqlite3.Connection, entry: Entry) -> None:
     )  # fmt: skip
 
 
-def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
-    """Entry that committed the newest output of each plan; none where lines were put back."""
-    known = {e.seq: e for e in entries}
-    newest: dict[str, int] = {}
-    for entry in entries:
-        if entry.kind is Kind.COMMIT and (reserve := known.get(int(entry.body["reserve"]))):
-            kind = "/evaluate" if reserve.body["purpose"] == "evaluate" else ""
-            newest[reserve.body["plan"] + kind] = entry.seq
-        elif entry.kind is Kind.RECOVER and "restored" in entry.body:
-            first = entry.seq - int(entry.body["restored"])
-            newest = {plan: seq for plan, seq in newest.items() if seq < first}
-    return newest
-
-
 def _json(body: Mapping[str, Any]) -> str:
     return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
@@ -544,31 +530,3 @@ def _damaged(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
         "Free some space if the disk is full; else restore the ledger, then "
         "`fedgraft ledger recover`.",
     )  # fmt: skip
-
-
-def _signing_key(path: Path, durable: bool, existing: bool) -> Ed25519PrivateKey:
-    if not path.exists():
-        if existing and durable:
-            raise LedgerError(
-                str(path), "no such file", "the key that signed this ledger",
-                "Put it back from a backup; a ledger cannot be continued without it.",
-            )  # fmt: skip
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        if write_new(path, pem, durable):
-            return key  # else another process was first: theirs counts
-    try:
-        found = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, OSError) as error:
-        raise LedgerError(
-            str(path), str(error), "an Ed25519 key in PEM", "Put it back from a backup."
-        ) from None
-    if not isinstance(found, Ed25519PrivateKey):
-        raise LedgerError(
-            str(path), type(found).__name__, "an Ed25519 key in PEM", "Put it back from a backup."
-        )
-    return found

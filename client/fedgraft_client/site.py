@@ -25,7 +25,7 @@ from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, co
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
 from fedgraft_client.egress import digest_counts, guard, guard_counts
-from fedgraft_client.entry import Charge, Purpose
+from fedgraft_client.entry import Charge, Purpose, evaluation_of
 from fedgraft_client.evaluation import exact_counts, noised
 from fedgraft_client.head import LinearHead, initial_head
 from fedgraft_client.policy import Policy, check_hours, check_plan
@@ -154,7 +154,7 @@ class Site:
             adapter = self._adapter(request, bench)
             counts = self._counts(bench, plan, step, request.round, adapter)
             reply = write_counts(message, request.round, Status.OK, counts)
-            committed = self._committed(_evaluation_of(plan), request.round)
+            committed = self._committed(evaluation_of(plan.hash), request.round)
             return guard_counts(reply, message, request.round, committed)
 
         def refuse(number: int, status: Status) -> Message:
@@ -360,7 +360,7 @@ class Site:
     def _counts(
         self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
     ) -> Counts:
-        finished = self.store.ledger.finished(_evaluation_of(plan))
+        finished = self.store.ledger.finished(evaluation_of(plan.hash))
         if finished is not None and finished.round == number:
             return Counts(**json.loads(finished.content))  # asked again: the same numbers
         if not plan.evaluates(number) or (finished is not None and number < finished.round):
@@ -383,7 +383,7 @@ class Site:
         counts = noised(exact, step.evaluation.noise_multiplier, noise)
         content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
         self.store.ledger.commit(
-            reservation, _evaluation_of(plan), number, digest_counts(counts), content
+            reservation, evaluation_of(plan.hash), number, digest_counts(counts), content
         )
         return counts
 
@@ -437,8 +437,3 @@ class Site:
         head = refit_head(features, self.records.labels, self.trained_head(plan))
         self.store.seal(plan, head, self.config.classes)
         return head
-
-
-def _evaluation_of(plan: Plan) -> str:
-    """What the ledger calls a plan's released counts."""
-    return f"{plan.hash}/evaluate"

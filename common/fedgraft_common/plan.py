@@ -1,4 +1,4 @@
-"""The plan: the frozen configuration of one federation run, as data.
+"""The plan, one federation run as frozen data; long, because every key is described here.
 
 A plan is one TOML file. Every key is described below with its unit; an unknown key is an
 error. The canonical form (sorted JSON without white space) has a SHA-256 hash, which names the
