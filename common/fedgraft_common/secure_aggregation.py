@@ -80,7 +80,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedgraft_common import shamir
-from fedgraft_common.errors import AggregationError, CheckpointError, MessageError
+from fedgraft_common.errors import AggregationError, CheckpointError, MessageError, PlanError
 from fedgraft_common.masks import Vector, add_masks, key_stream
 from fedgraft_common.secure_messages import (
     HASH,
@@ -160,7 +160,9 @@ class SecureSite:
         self._key = key
         self._secret = secret
         self._certificate = key.certificate_der
+        self._last_masked = last_masked
         self._roster: Roster | None = None
+        self._own = b""  # this site's shares of its own secrets
         self._held: tuple[bytes, ...] = ()  # from each dealer, its shares for every round
         self._masked: dict[int, bytes] = {}  # round -> SHA-256 of the masked input
         self._answered: dict[int, bytes] = {}  # round -> survivors
@@ -171,7 +173,7 @@ class SecureSite:
         setup = pack_list(
             [
                 self.terms.to_bytes(), self.name.encode("ascii"), self._secret, self._certificate,
-                roster, pack_list(self._held),
+                self._last_masked.to_bytes(8), roster, self._own, pack_list(self._held),
             ]
         )  # fmt: skip
         rounds = [
@@ -193,12 +195,15 @@ class SecureSite:
             CheckpointError: damaged, or another site's.
         """
         try:
-            terms, name, secret, certificate, roster, held = unpack_list(state.setup, 6)
+            terms, name, secret, certificate, last, roster, own, held = unpack_list(state.setup, 8)
             if name.decode("ascii") != key.name:
-                raise _damaged(f"site {name!r}", f"site {key.name}")
-            site = cls(Terms.from_bytes(terms), key, secret)
+                raise _damaged(f"that of site {name.decode('ascii')}", f"that of site {key.name}")
+            site = cls(Terms.from_bytes(terms), key, secret, int.from_bytes(last))
             site._certificate = certificate
+            if public_key(certificate) != key.key.public_key():
+                raise _damaged("one made with another key", "one of this site's key")
             site._roster = Roster.from_bytes(roster) if roster else None
+            site._own = own
             site._held = tuple(unpack_list(held))
             for entry in unpack_list(state.rounds):
                 number, masked, answered = unpack_list(entry, 3)
@@ -206,14 +211,14 @@ class SecureSite:
                     site._masked[int.from_bytes(number)] = masked
                 if answered:
                     site._answered[int.from_bytes(number)] = answered
-        except (MessageError, ValueError) as error:
+        except (MessageError, PlanError, ValueError) as error:
             raise _damaged(str(error), "the state that was saved") from None
         return site
 
     @property
     def last_masked(self) -> int:
-        """The last round in which a masked input was given; 0 if there is none."""
-        return max(self._masked, default=0)
+        """The last round with a masked input, under this set-up or an earlier one; 0: none."""
+        return max(self._masked, default=self._last_masked)
 
     @property
     def ready(self) -> bool:
@@ -266,7 +271,7 @@ class SecureSite:
             )
             for peer in range(len(roster))
         ]  # fmt: skip
-        self._roster = roster
+        self._roster, self._own = roster, dealt[me]
         return Sharing(
             self.name, roster.digest, tuple(ciphertexts), self._key.sign(ROSTER, roster.digest)
         )
@@ -274,7 +279,7 @@ class SecureSite:
     def accept(self, delivery: Delivery) -> None:
         """Takes the peers' shares, once all of them have signed the roster this site signed.
 
-        Taking the same again changes nothing.
+        Once they are taken, no later delivery is looked at.
 
         Raises:
             MessageError: a signature is missing, is by another key or for another roster; a share
@@ -282,6 +287,8 @@ class SecureSite:
         """
         roster = self._signed_roster()
         me, n = roster.number(self.name), len(roster)
+        if self._held:
+            return
         if delivery.roster != roster.digest:
             _refuse("delivery", "for another roster", "for the one this site signed")
         if len(delivery.ciphertexts) != n or len(delivery.signatures) != n:
@@ -294,7 +301,7 @@ class SecureSite:
         held = []
         for dealer, ciphertext in enumerate(delivery.ciphertexts):
             if dealer == me:
-                held.append(self._deal(roster)[me])
+                held.append(self._own)
                 continue
             who = roster.names[dealer]
             try:
@@ -394,6 +401,14 @@ class SecureSite:
         self._answered[question.round] = question.survivors
         return Answer(replace(unsigned, signature=signature), shares)
 
+    def statements(self) -> tuple[Statement, ...]:
+        """What this site has signed about its answers: its part of a transcript."""
+        roster = self._signed_roster()
+        return tuple(
+            self.unmask(Question(roster.digest, number, self._answered[number])).statement
+            for number in sorted(self._answered)
+        )
+
     # Secrets.
 
     def _round_secret(self, kind: int, number: int) -> bytes:
@@ -487,7 +502,7 @@ class SecureServer:
             for part in unpack_list(sharings):
                 sharing = Sharing.from_bytes(part)
                 server._sharings[sharing.site] = sharing
-        except MessageError as error:
+        except (MessageError, PlanError) as error:
             raise _damaged(str(error), "the state that was saved") from None
         return server
 
@@ -500,10 +515,11 @@ class SecureServer:
         """
         if self._advertisements.get(advertisement.site) == advertisement:
             return
-        if self._closed or advertisement.site in self._advertisements:
+        full = len(self._advertisements) >= self.terms.sites
+        if self._closed or full or advertisement.site in self._advertisements:
             _refuse(
-                f"keys of site {advertisement.site}", "late or a second time",
-                "one set of keys before the roster is closed",
+                f"keys of site {advertisement.site}", "late, one too many or a second time",
+                f"one set of keys from each of {self.terms.sites} sites, before the roster closes",
             )  # fmt: skip
         check_advertisement(advertisement, self.terms, self._trust)
         self._advertisements[advertisement.site] = advertisement
@@ -518,11 +534,15 @@ class SecureServer:
 
         Raises:
             AggregationError: too few sites.
+            MessageError: two sites have the same key.
         """
         found = len(self._advertisements)
         if found < self.terms.needed:
             raise _unfinished("sites in the roster", found, f"at least {self.terms.needed}")
-        self._closed = True
+        if not self._closed:
+            roster = Roster(tuple(self._advertisements[n] for n in sorted(self._advertisements)))
+            check_roster(roster, self.terms, self._trust)
+            self._closed = True
         return self.roster
 
     @cached_property
@@ -647,7 +667,9 @@ class SecureRound:
         try:
             number, context, sums, inputs, question, answers = unpack_list(state, 6)
             restored = cls(terms, roster, int.from_bytes(number), context)
-            restored._sum[:] = np.frombuffer(sums, terms.dtype.newbyteorder("<"))
+            values = np.frombuffer(sums, terms.dtype.newbyteorder("<")).astype(terms.dtype)
+            check_vector(values, terms)
+            restored._sum = values
             for entry in unpack_list(inputs):
                 restored._inputs[int.from_bytes(entry[:8])] = entry[8:]
             restored._question = Question.from_bytes(question) if question else None
