@@ -17,6 +17,7 @@ import json
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedgraft_client.secure_member import Membership
 from fedgraft_common.atomic import write_atomically
 from fedgraft_common.certificates import (
     certificate_pem,
@@ -44,6 +46,7 @@ from fedgraft_common.certificates import (
 )
 from fedgraft_common.errors import IdentityError
 from fedgraft_common.invite import Invite, SiteName
+from fedgraft_common.site_signature import SiteKey, Trust
 
 _TIMEOUT: Final = 20.0  # seconds
 _MAX_ANSWER: Final = 64 * 1024  # bytes
@@ -84,6 +87,17 @@ class Identity:
     def node_keys(self) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
         """As Flower's connection takes them."""
         return self.node_private_key, self.node_private_key.public_key()
+
+    @property
+    def membership(self) -> Membership:
+        """What this site signs with in secure aggregation, and whose certificates count."""
+        key = read_private_key(self.directory / "site.key")
+        assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101 - checked on loading
+        certificate = read_certificate(self.directory / "site.pem")
+        return Membership(
+            SiteKey(self.facts.site, certificate, key),
+            partial(Trust.from_file, self.directory / "ca.pem"),
+        )
 
     def ssl_context(self) -> ssl.SSLContext:
         """Mutual TLS 1.3: trusts the federation's CA and nothing else, shows the certificate.

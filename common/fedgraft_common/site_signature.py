@@ -11,7 +11,8 @@ import datetime as dt
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -19,7 +20,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedgraft_common.certificates import check_validity, is_on_curve, is_pair
+from fedgraft_common.certificates import (
+    check_validity,
+    is_on_curve,
+    is_pair,
+    read_certificate,
+)
 from fedgraft_common.errors import IdentityError, MessageError
 
 _PREFIX: Final = b"fedgraft "
@@ -75,6 +81,15 @@ class Trust:
     ca: x509.Certificate
     now: dt.datetime
     pinned: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Trust in the CA of a PEM file, as of now.
+
+        Raises:
+            IdentityError: no certificate there.
+        """
+        return cls(read_certificate(path), dt.datetime.now(dt.UTC))
 
     def check(self, name: str, certificate_der: bytes) -> ec.EllipticCurvePublicKey:
         """The key that a site signs with, after its certificate has been checked.

@@ -8,12 +8,14 @@ with it as run configuration:
     sites       node ids of the sites that take part, with commas between them
     signature   the operator's, on the plan
     backbone    directory of the plan's backbone, if it is not where the plan says
+    ca          certificate of the federation's CA (PEM), for secure aggregation
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, UserConfig
@@ -22,6 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedgraft_common.errors import ServerError
 from fedgraft_common.logs import set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_common.site_signature import Trust
 from fedgraft_server.federation import RoundSummary, run_federation
 from fedgraft_server.metrics import FILE, RunMetrics
 from fedgraft_server.superlink_grid import SuperlinkGrid
@@ -81,4 +84,7 @@ def main(grid: Grid, context: Context) -> None:
 
     signature, backbone = (str(context.run_config.get(k, "")) for k in ("signature", "backbone"))
     where = Path(backbone) if backbone else None
-    run_federation(plan, superlink, directory, note, signature=signature, backbone=where)
+    trust = partial(Trust.from_file, Path(str(context.run_config.get("ca", ""))))
+    run_federation(
+        plan, superlink, directory, note, signature=signature, backbone=where, trust=trust
+    )

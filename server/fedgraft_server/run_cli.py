@@ -178,7 +178,7 @@ def _start(
 
     backbone = _assembled(server, plan)
     with _runs(server) as link:
-        number = link.start(plan, folder, nodes, facts["signature"], backbone)
+        number = link.start(plan, folder, nodes, facts["signature"], backbone, server.ca[0])
     facts["flower"].append(number)
     write_atomically(folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
     typer.echo(f"run         {folder.name}")

@@ -123,6 +123,7 @@ class Runs:
         sites: Collection[int],
         signature: str = "",
         backbone: Path | None = None,
+        ca: Path | None = None,
     ) -> int:
         """Starts a run; one that was cut short continues from its directory.
 
@@ -132,6 +133,7 @@ class Runs:
             sites: node ids of the sites that take part.
             signature: the operator's, on the plan.
             backbone: where the plan's backbone lies, if not where it says.
+            ca: certificate of the federation's CA, for secure aggregation.
 
         Returns:
             Flower's number of the run.
@@ -145,6 +147,7 @@ class Runs:
             "sites": ",".join(str(node) for node in sorted(sites)),
             "signature": signature,
             "backbone": str(backbone.resolve()) if backbone else "",
+            "ca": str(ca.resolve()) if ca else "",
         }
         return self.start_bundle(stub(), config)
 

@@ -226,7 +226,7 @@ class _Run:
             final[:] = [summary.adapter]
             on_round(summary)
 
-        server = server_app(plan, directory, note, durable=False)
+        server = server_app(plan, directory, note, durable=False, trust=self.sites.trust)
         app = client_app(self.sites)
         if self.engine == "flower":
             from fedgraft_simulations.ray_engine import run_on_ray

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from filelock import FileLock
 
+from fedgraft_common.certificates import private_pem
+from fedgraft_common.files import write_atomically
 from fedgraft_common.site_signature import SiteKey, Trust
 from fedgraft_server.authority import Authority
 
@@ -26,6 +32,31 @@ def throwaway_keys(names: Iterable[str], now: dt.datetime) -> tuple[dict[str, Si
     authority = throwaway_authority(now)
     keys = {name: throwaway_key(authority, name, now) for name in names}
     return keys, Trust(authority.certificate, now)
+
+
+def kept_keys(file: Path, names: Sequence[str]) -> tuple[dict[str, SiteKey], Trust]:
+    """Throwaway keys that all processes of one simulation share, through a file.
+
+    Args:
+        file: made at the first call; a simulation that goes on later finds its keys there.
+        names: of the sites.
+    """
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            keys, trust = throwaway_keys(names, dt.datetime.now(dt.UTC))
+            pems = [trust.ca.public_bytes(Encoding.PEM).decode()]
+            for name in names:
+                pems.append(keys[name].certificate.public_bytes(Encoding.PEM).decode())
+                pems.append(private_pem(keys[name].key).decode())
+            write_atomically(file, json.dumps(pems).encode(), durable=False)
+        ca, *pairs = json.loads(file.read_text(encoding="utf-8"))
+    keys = {}
+    for name, certificate, key in zip(names, pairs[::2], pairs[1::2], strict=True):
+        private = serialization.load_pem_private_key(key.encode(), None)
+        assert isinstance(private, ec.EllipticCurvePrivateKey)  # noqa: S101 - written above
+        keys[name] = SiteKey(name, x509.load_pem_x509_certificate(certificate.encode()), private)
+    authority = x509.load_pem_x509_certificate(ca.encode())
+    return keys, Trust(authority, authority.not_valid_before_utc)  # as of then: it never expires
 
 
 def throwaway_authority(now: dt.datetime) -> Authority:
