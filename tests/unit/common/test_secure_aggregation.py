@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -132,7 +133,7 @@ def agreements(draw: st.DrawFn) -> Terms:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(agreements(), st.data())
 def test_the_sum_is_exact_or_the_round_is_aborted(agreed: Terms, data: st.DataObject) -> None:
     names = NAMES[: agreed.sites]
@@ -767,11 +768,25 @@ def test_too_many_wrong_shares_end_the_round_without_a_wrong_sum(federation: Fed
 # A server that names different survivors to different sites.
 
 
+@cache
+def _prepared(agreed: Terms) -> tuple[Federation, dict[str, SiteState]]:
+    federation = Federation(agreed)
+    return federation, {name: site.save() for name, site in federation.sites.items()}
+
+
+def prepared(agreed: Terms) -> Federation:
+    """A federation whose sites are fresh from the set-up."""
+    federation, states = _prepared(agreed)
+    for name, state in states.items():
+        federation.sites[name] = SecureSite.restore(state, KEYS[name])
+    return federation
+
+
 def exposed(agreed: Terms, lists: dict[int, set[int]]) -> tuple[set[int], set[int]]:
     """Honest sites whose self-mask secret, and whose round key, the server and the last c sites
     can put together: by the shares that real sites give.
     """
-    federation = Federation(agreed)
+    federation = prepared(agreed)
     n, t = agreed.sites, agreed.needed
     honest = range(n - agreed.colluders)
     answers: dict[int, list[tuple[int, bool, bytes]]] = {dealer: [] for dealer in honest}
@@ -796,11 +811,11 @@ def exposed(agreed: Terms, lists: dict[int, set[int]]) -> tuple[set[int], set[in
     return masks, keys
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(agreements(), st.data())
 def test_mixed_lists_open_no_second_sum(agreed: Terms, data: st.DataObject) -> None:
     n, d, c = agreed.sites, agreed.dropouts, agreed.colluders
-    agreed = replace(agreed, first_round=1)
+    agreed = terms(n, d, c, rounds=1, length=1)
     favourites = data.draw(st.permutations(range(n)))[: d + 1]  # a clever server aims at a few
     lists = {
         number: set(range(n))
