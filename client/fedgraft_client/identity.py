@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,31 @@ class Identity:
         context = _trusting(cadata=read_pem(self.directory / "ca.pem").decode("ascii"))
         context.load_cert_chain(self.directory / "site.pem", self.directory / "site.key")
         return context
+
+    def site_key(self) -> SiteKey:
+        """What the site signs with towards its peers: the key of its certificate.
+
+        Raises:
+            IdentityError: missing, or not the certificate's.
+        """
+        key = read_private_key(self.directory / "site.key")
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise IdentityError(
+                str(self.directory / "site.key"), "another kind of key", "an EC P-256 key", _AGAIN
+            )
+        return SiteKey(self.facts.site, read_certificate(self.directory / "site.pem"), key)
+
+    def trust(self, now: dt.datetime, pinned: Mapping[str, str] | None = None) -> Trust:
+        """Whose signatures count among its peers.
+
+        Args:
+            now: the time, with time zone.
+            pinned: key fingerprints that this site knows, by name of the peer.
+
+        Raises:
+            IdentityError: the CA's certificate is missing.
+        """
+        return Trust(read_certificate(self.directory / "ca.pem"), now, pinned or {})
 
 
 def join(

@@ -29,28 +29,32 @@ Ateniese, "Eluding Secure Aggregation in Federated Learning via Model Inconsiste
 What is guaranteed. n sites are in the roster, d may be missing in a round, c work with the server,
 t = n - d shares give a secret, and d (d + 1) + c < n. In each round, whatever the server and those
 c sites do, they learn nothing about the inputs of honest sites but at most one sum, over at least
-n - d - c of them, fixed before it is seen. (Random oracle for the hashes, gap Diffie-Hellman for
-X25519, ChaCha20 and HKDF as pseudo-random functions, unforgeable signatures: the paper's theorem
-6.5.) An honest site signs one roster; gives one masked input in a round; answers one S in a round,
-with |S| >= n - d; never gives shares of both secrets of anybody.
+n - d - c of them, chosen without knowing any input. (Random oracle for the hashes, gap
+Diffie-Hellman for X25519, ChaCha20 and HKDF as pseudo-random functions, unforgeable signatures: the
+assumptions of the paper's theorem 6.5.) An honest site signs one roster; gives one masked input in
+a round; answers one S in a round, with |S| >= n - d; so never gives shares of both secrets of
+anybody. A site of the plan that is missing from the roster counts as missing: n and d are both
+smaller by one then, t is the same, and the condition still holds.
 
 Proof of what the missing exchange needs. All honest sites that go on have the same roster, because
 each has seen the signatures of all its members on it. Fix a round; let H be the honest sites,
 |H| >= n - c. A secret is known to the adversary only with the answers of t - c honest sites; with
 fewer its shares say nothing. Each honest site answers at most once and excludes at most d sites.
 
-  1. Nobody's b and sk are both known: that takes 2 (t - c) different honest answers, more than
-     |H| unless 2 (n - d - c) <= n - c, that is n <= 2 d + c. But n > d (d + 1) + c >= 2 d + c
-     for d >= 1, and n > c for d = 0. (With fewer than c colluders still more answers are needed.)
+  1. Nobody's b and sk are both known: that takes 2 (t - c) different honest answers out of at most
+     n - c, that is n <= 2 d + c. But n > d (d + 1) + c >= 2 d + c for d >= 1, and n > c for d = 0.
+     (With c' < c colluders: 2 (n - d - c') <= n - c', n <= 2 d + c', the same.)
   2. Let D be the honest sites whose sk is known. Each was excluded by t - c honest sites, all
      together exclude at most (n - c) d times, so |D| <= (n - c) d / (n - d - c), which is
-     d + d^2 / (n - d - c), below d + 1 because d^2 < n - d - c. Hence |D| <= d.
+     d + d^2 / (n - d - c), below d + 1 because d^2 < n - d - c. Hence |D| <= d. (Fewer colluders
+     make the bound smaller.)
   3. Let N = H without D, so |N| >= n - c - d, and B the sites of N that gave an input and whose b
-     is known. The input of any other honest site stays under its own PRG(b), for D by 1. If N has
-     a member w outside B, then every v in B has a mask PRG(k_vw) that is unknown (neither sk is
-     known) and in no other vector that is not itself hidden by b_w: nothing is learned. If B = N,
-     the masks inside N form a complete graph of unknown keys, which cancel in the sum over N and
-     in no other combination (the paper's lemma 6.1): exactly that sum is learned.
+     is known. The input of every other honest site stays under its own PRG(b), for D by 1. If N
+     has a member w outside B, then every v in B has a mask PRG(k_vw) that is unknown, because
+     neither sk is, and that is in no other vector but y_w, which PRG(b_w) hides if it was given at
+     all: nothing is learned. If B = N, the masks inside N form a complete graph of unknown keys,
+     which cancel in the sum over N and in no other combination (the paper's lemma 6.1): exactly
+     that sum is learned; and nothing if two sites of N had different contexts.
 
 Mixed lists, where S differs from site to site, are thus allowed to the server and gain it nothing;
 a site none of whose secrets is known only hides its own input, and with it everybody's. The order
@@ -106,7 +110,9 @@ STATEMENT: Final = "secure-aggregation statement"
 _NONCE: Final = bytes(12)  # every sealing key encrypts once
 _SELF_MASK, _ROUND_KEY = 0, 1  # order of a dealer's shares for a round
 _SHARES: Final = 2 * shamir.SHARE
-_TRIES: Final = 1000  # choices of answers to look for wrong shares in
+_TRIES: Final = 1000
+"""Choices of answers to look for wrong shares in: all there are for 16 sites; for 100 sites, those
+with one liar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -940,8 +946,8 @@ def _choices(order: Sequence[int], count: int) -> Iterator[tuple[int, ...]]:
     def choices() -> Iterator[tuple[int, ...]]:
         first, spare = order[:count], order[count:]
         for replaced in range(len(spare) + 1):
-            for out in combinations(reversed(first), replaced):
-                for into in combinations(spare, replaced):
+            for into in combinations(spare, replaced):
+                for out in combinations(reversed(first), replaced):
                     yield tuple(sorted(set(first).difference(out).union(into)))
 
     return islice(choices(), _TRIES)

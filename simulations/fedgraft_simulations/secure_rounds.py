@@ -58,6 +58,7 @@ class SecureRounds:
         """
         absent = absent or {}
         self.terms = terms
+        self._keys = keys
         self.server = SecureServer(terms, trust)
         self.sites: dict[str, SecureSite] = {}
         self.statements: list[Statement] = []
@@ -110,6 +111,10 @@ class SecureRounds:
                 round_.add_answer(site.unmask(question))
         self.statements.extend(round_.statements)
         return round_.total()
+
+    def restart(self, name: str) -> None:
+        """A site is killed and comes back with the state it saved."""
+        self.sites[name] = SecureSite.restore(self.sites[name].save(), self._keys[name])
 
     def transcript(self) -> Transcript:
         """What an auditor gets."""
