@@ -17,7 +17,6 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,14 +89,8 @@ class Identity:
 
     @property
     def membership(self) -> Membership:
-        """What this site signs with in secure aggregation, and whose certificates count."""
-        key = read_private_key(self.directory / "site.key")
-        assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101 - checked on loading
-        certificate = read_certificate(self.directory / "site.pem")
-        return Membership(
-            SiteKey(self.facts.site, certificate, key),
-            partial(Trust.from_file, self.directory / "ca.pem"),
-        )
+        """What this site needs for secure aggregation."""
+        return Membership(self.site_key(), lambda: self.trust(dt.datetime.now(dt.UTC)))
 
     def ssl_context(self) -> ssl.SSLContext:
         """Mutual TLS 1.3: trusts the federation's CA and nothing else, shows the certificate.
