@@ -92,6 +92,9 @@ def begin(server: ServerDirectory, folder: RunFolder, link: Runs) -> int:
             "Invite more sites, or lower aggregation.minimum_sites.",
         )  # fmt: skip
     backbone = _assembled(server, plan)
+    for state in link.of(folder.name):  # an attempt whose answer was lost
+        if not state.is_over:
+            link.stop(state.id)
     folder.reopen()
     nodes = [site.node_id for site in members if site.node_id is not None]
     return link.start(plan, folder.path, nodes, facts.signature, backbone)
@@ -204,11 +207,9 @@ class Continuation:
         with folder.changing():
             if folder.outcome is not None or folder.facts.stopped or folder.is_worked_on():
                 return
-            for state in self._link.of(folder.name):  # anew: a command may have been quicker
-                if not state.is_over:
-                    if not self._is_dead(folder, state, care, self._clock()):
-                        return
-                    self._link.stop(state.id)
+            states = self._link.of(folder.name)  # anew: a command may have been quicker
+            if not self._is_due(folder, states, care):
+                return
             finished = folder.round
             care.attempts = 1 if finished > care.round else care.attempts + 1
             care.round = finished
