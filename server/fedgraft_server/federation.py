@@ -48,6 +48,7 @@ from fedgraft_server.evaluation import Estimate, estimate
 from fedgraft_server.secure_sum import SecureSum
 
 log = logging.getLogger(__name__)
+EVALUATIONS = "evaluations.json"
 DELIVERY = 120.0  # seconds that the end of a run waits for sites to take the final adapter
 
 
@@ -108,15 +109,15 @@ def run_federation(
     gather = _plain(plan, aggregator, grid)
     if plan.secure:
         gather = _secure(plan, aggregator, grid, directory, trust, durable)
+    if checkpoint.round not in evaluated_rounds(directory):  # cut short after the checkpoint
+        evaluate(plan, aggregator, checkpoint.round, adapter, grid, directory)
     for number in range(checkpoint.round + 1, plan.rounds.count + 1):
         updates, sites, size = gather(number, adapter)
         if updates:
             adapter = clamp(aggregator.next_adapter(number, adapter, updates), initial)
         finished = Checkpoint(number, adapter, aggregator.state())
         save_checkpoint(directory, plan, finished, durable)
-        found = evaluate(plan, aggregator, number, adapter, grid)
-        if found is not None:
-            keep_evaluation(directory, found)
+        found = evaluate(plan, aggregator, number, adapter, grid, directory)
         on_round(RoundSummary(number, adapter, sites, size, found))
     model.load(adapter)
     model.save(directory / "adapter")
@@ -185,9 +186,12 @@ def deliver(plan: Plan, aggregator: Aggregator, adapter: Tensors, grid: Grid) ->
 
 
 def evaluate(
-    plan: Plan, aggregator: Aggregator, number: int, adapter: Tensors, grid: Grid
+    plan: Plan, aggregator: Aggregator, number: int, adapter: Tensors, grid: Grid, directory: Path
 ) -> Estimate | None:
-    """Asks for noised counts after a round that the plan evaluates; late sites are left out."""
+    """Asks for noised counts after a round that the plan evaluates, and keeps what they say.
+
+    Late sites are left out.
+    """
     if not plan.evaluates(number):
         return None
     requests = aggregator.requests(number, adapter, grid)
@@ -212,17 +216,28 @@ def evaluate(
         "round %d: accuracy %.3f, 95 %% interval %.3f to %.3f, from noised counts of %d sites",
         number, result.accuracy, result.low, result.high, result.sites,
     )  # fmt: skip
+    keep_evaluation(directory, result)
     return result
+
+
+def evaluated_rounds(directory: Path) -> set[int]:
+    """The rounds whose evaluation was kept."""
+    return {int(str(item["round"])) for item in _evaluations(directory)}
 
 
 def keep_evaluation(directory: Path, found: Estimate) -> None:
     """Adds a released evaluation to `evaluations.json`; one per round, the first that came."""
-    file = directory / "evaluations.json"
-    known: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
+    known = _evaluations(directory)
     if found.round not in {item["round"] for item in known}:
         accuracy = found.accuracy if math.isfinite(found.accuracy) else None
         known.append({**asdict(found), "accuracy": accuracy})
-        write_atomically(file, (json.dumps(known, indent=2) + "\n").encode())
+        write_atomically(directory / EVALUATIONS, (json.dumps(known, indent=2) + "\n").encode())
+
+
+def _evaluations(directory: Path) -> list[dict[str, object]]:
+    file = directory / EVALUATIONS
+    known: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
+    return known
 
 
 def usable_updates(

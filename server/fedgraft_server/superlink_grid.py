@@ -63,7 +63,7 @@ class Asked:
         activation: when the site had last connected, as it was sent; empty if it had not.
         attempts: how often it was sent.
         sent: clock at the last attempt.
-        lost: whether Flower said that the request or its reply is gone.
+        lost: whether the request or its reply is gone, or may be.
     """
 
     message: Message
@@ -209,6 +209,9 @@ class SuperlinkGrid(Grid):
                 on_reply(reply)
                 yield reply
             now = self._clock()
+            if self._replies.was_interrupted():
+                for asked in owing.values():
+                    asked.lost = True
             if now - looked >= self._patience.census:
                 looked, connected = now, self._census()
                 self._ask(_lost(owing, connected, now - self._patience.again), connected, end)
