@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -73,6 +74,8 @@ log = logging.getLogger(__name__)
 
 MEBIBYTE: Final = 1024 * 1024
 _SERVER_WAITS: Final = 120.0  # seconds the server may take to complete a message it has announced
+_ONCE: Final = "/flwr.proto.Fleet/PullMessages"  # hands a message out: the answer must not be lost
+_AGAIN: Final = (0.1, 0.4)  # seconds before another call is made again whose connection broke
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,28 +216,10 @@ class FleetConnection:
             RunOver: nobody waits for it.
         """
         with _told(self.address):
-            response = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(reply.message)],
-                    message_object_trees=[reply.tree],
-                )
-            )
-            wanted = set(response.objects_to_push)
-            for name, content in reply.contents.items():
-                if name not in wanted:
-                    continue  # the server has it: what is addressed by its hash travels once
-                stored = self._client.PushObject(
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.run,
-                        object_id=name,
-                        object_content=content,
-                        session_id=response.session_id,
-                    )
-                ).stored
-                if not stored:
-                    raise _lost(self.address, "an object that the server would not store")
+            for _ in range(1 + len(_AGAIN)):
+                if self._push(reply):
+                    return
+        raise _lost(self.address, "an object that the server would not store")
 
     def close(self) -> None:
         """Says goodbye, if there is anyone to hear it, and closes."""
@@ -259,6 +244,30 @@ class FleetConnection:
         """Closes it."""
         self.close()
 
+    def _push(self, reply: Outgoing) -> bool:
+        """Whether the server has all of it; if not, it will say what is still missing."""
+        response = self._client.PushMessages(
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(reply.message)],
+                message_object_trees=[reply.tree],
+            )
+        )
+        wanted = set(response.objects_to_push)  # what is addressed by its hash travels once
+        return all(
+            self._client.PushObject(
+                PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.run,
+                    object_id=name,
+                    object_content=content,
+                    session_id=response.session_id,
+                )
+            ).stored
+            for name, content in reply.contents.items()
+            if name in wanted
+        )
+
     def _activate(self, key: ec.EllipticCurvePrivateKey, last_node: int | None) -> int:
         request = ActivateNodeRequest(
             public_key=public_key_to_bytes(key.public_key()),
@@ -272,7 +281,8 @@ class FleetConnection:
                 occupied = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
                 if last_node is None or reason is None or reason.code != occupied:
                     raise
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=last_node))
+            with suppress(httpx.HTTPStatusError):  # whether it helped, the next call tells
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=last_node))
             return self._client.ActivateNode(request).node_id
 
     def _heartbeat(self) -> bool:
@@ -384,7 +394,12 @@ class _Headers:
 
 
 class _Client(FleetHttpClient):
-    """Flower's client, but it follows no redirect and reads no more than the limit."""
+    """Flower's client, but it follows no redirect, reads no more than the limit and tries again.
+
+    A connection that breaks under a call need not end the session: every call but one may be made
+    twice. An answer to PullMessages that was lost on the way is a message lost; then the site
+    connects anew, by which the server knows that it has to ask again.
+    """
 
     def __init__(
         self,
@@ -401,6 +416,15 @@ class _Client(FleetHttpClient):
         )
         self._client.follow_redirects = False  # an update goes to the server and nowhere else
         self._limit = limits.response
+
+    def _unary_unary(self, **call: Any) -> Any:
+        for wait in () if call["rpc_method"] == _ONCE else _AGAIN:
+            try:
+                return super()._unary_unary(**call)
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                log.debug("%s: %s", call["rpc_method"], error, extra={"action": "retry"})
+                time.sleep(wait)
+        return super()._unary_unary(**call)  # each attempt is built and signed anew
 
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
         response = super()._send(context, stream=True)
