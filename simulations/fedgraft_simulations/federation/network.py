@@ -130,7 +130,7 @@ class BadNetwork:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._pump(reader, away, writer))
                 both.create_task(self._pump(there, writer, away))
-        except* OSError:
+        except* (OSError, asyncio.CancelledError):  # Python 3.11 would log a cancelled connection
             pass
         finally:
             self._open -= ends

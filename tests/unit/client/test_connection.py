@@ -52,6 +52,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedgraft_client import connection as module
 from fedgraft_client.connection import Dialler, FleetConnection, Limits, RunOver
 from fedgraft_common.errors import LinkError, MessageError
+from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import Status, write_reply
 
 NODE = 2**63 + 5
@@ -314,8 +315,14 @@ def test_more_than_the_limit_is_not_read(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        (Limits(message=50), "message: found 'more bytes'; allowed: at most 50"),
-        (Limits(objects=2), "message: found '4 objects'; allowed: at most 2"),
+        (
+            Limits(message=MessageLimits(bytes=50)),
+            "message: found 'more bytes'; allowed: at most 50",
+        ),
+        (
+            Limits(message=MessageLimits(objects=2)),
+            "message: found '4 objects'; allowed: at most 2",
+        ),
     ],
 )
 def test_a_message_beyond_the_limits_is_refused(fake: Fake, limits: Limits, text: str) -> None:
