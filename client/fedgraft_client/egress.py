@@ -117,7 +117,10 @@ def guard_counts(
 
 
 def guard_secure(
-    reply: Message, request: Message, number: int, committed: Callable[[str], bool] = lambda _: False
+    reply: Message,
+    request: Message,
+    number: int,
+    committed: Callable[[str], bool] = lambda _: False,
 ) -> Message:
     """The same for a step of secure aggregation: public keys, or shares of secrets of masks.
 

@@ -220,9 +220,7 @@ class Ledger:
             outputs.append((secure_state_of(plan, ROUNDS), number, body[ROUNDS], state.rounds))
         self._append(Kind.COMMIT, body, outputs)
 
-    def keep_secure(
-        self, plan: str, number: int, step: str, reply: str, state: SiteState
-    ) -> None:
+    def keep_secure(self, plan: str, number: int, step: str, reply: str, state: SiteState) -> None:
         """Stores a state of secure aggregation and, with it, that its message may leave.
 
         Args:

@@ -52,7 +52,9 @@ class Policy(Section):
         default=("local",), description="Mechanisms a plan may use."
     )
     minimum_sites: int = Field(
-        default=2, ge=2, description="Least number of sites in a run with the distributed mechanism."
+        default=2,
+        ge=2,
+        description="Least number of sites in a run with the distributed mechanism.",
     )
     minimum_honest_sites: int = Field(
         default=2,

@@ -128,9 +128,7 @@ class SecureMember:
         return masked, site.save()
 
     def _begun(self, terms: Terms) -> SecureSite:
-        mine = secure_terms(
-            self._plan, self._length, self._bits, terms.session, terms.first_round
-        )
+        mine = secure_terms(self._plan, self._length, self._bits, terms.session, terms.first_round)
         if terms != mine:
             raise MessageError(
                 "secure aggregation: terms", "others", "those that follow from the plan",

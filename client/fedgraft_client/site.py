@@ -377,9 +377,7 @@ class Site:
             )
         return self._members[plan.hash]
 
-    def _round(
-        self, bench: Workbench, plan: Plan, step: StepNoise, request: Request
-    ) -> Tensors:
+    def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
         number, adapter = request.round, self._adapter(request, bench)
         head = initial_head(plan, self.config.classes, bench.adapted.feature_dim)
         finished, update = self.store.last_round(plan, head)

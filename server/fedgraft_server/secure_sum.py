@@ -177,9 +177,7 @@ class SecureSum:
             log.warning("no shares from %s; a new set-up without them", sorted(server.missing))
         raise _too_few("set-up", len(server.roster) - len(server.missing), len(server.roster))
 
-    def _advertise(
-        self, server: SecureServer, number: int, asked: Iterable[int]
-    ) -> dict[str, int]:
+    def _advertise(self, server: SecureServer, number: int, asked: Iterable[int]) -> dict[str, int]:
         message = server.terms.to_bytes()
         nodes: dict[str, int] = {}
         for node, answer in self._ask(

@@ -252,10 +252,14 @@ def test_a_server_that_sends_sites_different_adapters_learns_nothing(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FixedPoint, "decode", note_sum)
-        patch.setattr("fedgraft_client.site.Site.answer", lambda site, m: (
-            other(m) if site is first and m.content.config_records["plan"]["round"] == 2
-            else original.__func__(site, m)  # type: ignore[attr-defined]
-        ))
+        patch.setattr(
+            "fedgraft_client.site.Site.answer",
+            lambda site, m: (
+                other(m)
+                if site is first and m.content.config_records["plan"]["round"] == 2
+                else original.__func__(site, m)  # type: ignore[attr-defined]
+            ),
+        )
         run(plan, tmp_path)
     honest, nonsense = totals[0].view(f"int{8 * totals[0].itemsize}"), totals[1]
     spread = nonsense.astype(np.float64) / 2.0 ** (8 * nonsense.itemsize)
