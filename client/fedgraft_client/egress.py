@@ -5,7 +5,8 @@ what the ledger has committed, byte for byte, and fails closed: whatever it was 
 through does not leave.
 
     reply    adapter   the plan's tensors: names, shapes, float32 (masked: unsigned integers),
-                       finite, exact bytes; their SHA-256 is the one of the ledger's commit. Empty unless the status is ok.
+                       finite, exact bytes; their SHA-256 is the one of the ledger's commit. Empty
+                       unless the status is ok.
              status    {round: the round asked for, status: a word of the closed list}
     counts   {correct, total}: two finite numbers that the ledger committed, in place of the
              adapter, in answer to a request for an evaluation

@@ -59,8 +59,8 @@ class Policy(Section):
     minimum_honest_sites: int = Field(
         default=2,
         ge=1,
-        description="Least h of such a run: sites less tolerated dropouts and colluders, those whose "
-        "noise the promise rests on.",
+        description="Least h of such a run: sites less tolerated dropouts and colluders, those "
+        "whose noise the promise rests on.",
     )
     backbones: tuple[str, ...] = Field(
         default=("any",),

@@ -4,7 +4,7 @@ The protocol is `fedgraft_common.secure_aggregation`; this carries its messages 
 keeps what a restarted server needs:
 
     <directory>/secure-setup.bin     the set-up in force, and which node is which site
-    <directory>/secure-round.bin     the round being unmasked: its survivors are named once, for good
+    <directory>/secure-round.bin     the round being unmasked: its survivors are named once
     <directory>/transcript-NNNNNN/   what the sites signed under a set-up, for an auditor
 
 A site that is missing in a set-up, or fails in it, counts as a dropout until the next one. A round
@@ -36,7 +36,6 @@ from fedgraft_common.messages import (
     SecureStep,
     Status,
     Tensors,
-    TensorSpec,
     from_record,
     read_secure,
     read_status,
@@ -167,7 +166,7 @@ class SecureSum:
             if len(server.advertised) < terms.needed:
                 raise _too_few("set-up", len(server.advertised), terms.needed)
             message = server.close_roster().to_bytes()
-            asked = {node: message for node in nodes.values()}
+            asked = dict.fromkeys(nodes.values(), message)
             for _, answer in self._ask(SecureStep.SHARE, number, asked):
                 server.add_sharing(Sharing.from_bytes(answer))
             if server.ready:
@@ -180,9 +179,7 @@ class SecureSum:
     def _advertise(self, server: SecureServer, number: int, asked: Iterable[int]) -> dict[str, int]:
         message = server.terms.to_bytes()
         nodes: dict[str, int] = {}
-        for node, answer in self._ask(
-            SecureStep.ADVERTISE, number, {node: message for node in asked}
-        ):
+        for node, answer in self._ask(SecureStep.ADVERTISE, number, dict.fromkeys(asked, message)):
             advertisement = Advertisement.from_bytes(answer)
             if advertisement.site in nodes:
                 continue  # a second node in the same name

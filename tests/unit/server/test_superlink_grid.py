@@ -240,6 +240,17 @@ def test_a_round_with_enough_replies_does_not_wait_for_absent_sites() -> None:
     assert link.now == pytest.approx(3600.0)
 
 
+def test_a_site_that_was_waited_for_in_vain_is_waited_for_again_when_it_is_back() -> None:
+    link = Superlink({1: Node(1.0), 2: Node(1.0, offline=(0.0, 200.0))})
+    grid = grid_over(link, patience=Patience(absence=60.0))
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1]
+    before = link.now
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1]
+    assert link.now - before < 5.0
+    link.now = 300.0
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1, 2]
+
+
 def test_a_slow_site_that_is_connected_is_waited_for() -> None:
     link = Superlink({1: Node(1.0), 2: Node(900.0)})
     grid = grid_over(link, patience=Patience(absence=60.0))
