@@ -153,9 +153,7 @@ def test_too_few_inputs_reveal_nothing_and_the_run_goes_on_later(
     def lost(site: int, number: int, kind: str) -> bool:
         return away[0] and number == 2 and site == 1 and kind == "train"
 
-    with pytest.raises(
-        MessageError, match=r"round 2.*found '3 sites'.*least 4"
-    ):
+    with pytest.raises(MessageError, match=r"round 2.*found '3 sites'.*least 4"):
         run(plan, tmp_path / "cut", lost)
     folder = tmp_path / "cut" / "server"
     assert [p.name for p in (folder / "transcript-000001").glob("round-*")] == ["round-000001.bin"]
