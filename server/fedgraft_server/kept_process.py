@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import psutil
+
 LOG = logging.getLogger(__name__)
 
 _SETTLED: Final = 10.0  # seconds of life after which a death counts as the first
@@ -41,6 +43,17 @@ class KeptProcess:
         """Of the process that runs now."""
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if running and self._process else None
+
+    def children(self) -> int:
+        """How many processes of its own are alive."""
+        pid = self.pid
+        if pid is None:
+            return 0
+        try:
+            found = psutil.Process(pid).children()
+            return sum(child.status() != psutil.STATUS_ZOMBIE for child in found)
+        except psutil.NoSuchProcess:
+            return 0
 
     async def run(self) -> None:
         """Starts it again whenever it dies, later each time, until cancelled; then stops it."""

@@ -166,7 +166,7 @@ async def _continue_runs(
 ) -> None:
     """Lets every run go on that something killed, for as long as the server runs."""
     with Runs(superlink.address, superlink.client_context(), timeout=10.0) as link:
-        continuation = Continuation(directory, link, lambda: starter.started)
+        continuation = Continuation(directory, link, lambda: starter.started, starter.children)
         while True:
             await asyncio.sleep(_TICK)
             try:
