@@ -7,6 +7,7 @@ thousands, which share one backbone and lend it their adapter and head for the t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached, Prefix
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
 from fedgraft_common.errors import PlanError
+from fedgraft_common.fixed_point import FixedPoint, fixed_point
 from fedgraft_common.messages import Tensors
+from fedgraft_common.modality import Raw, count, take
 from fedgraft_common.plan import Plan
 
 CHUNK = 256  # records that go through the frozen part at once
@@ -105,16 +108,20 @@ class Workbench:
         self._kind: tuple[int, bool] | None = None
         self._trainer: tuple[SiteModel, Engine] | None = None
 
-    def cache(self, images: torch.Tensor) -> Cached:
-        """Runs the frozen prefix over images (N, C, H, W) in [0, 1]; the result is on the CPU."""
-        prepare = self.adapted.backbone.manifest.preprocessing
+    def cache(self, raw: Raw) -> Cached:
+        """Prepares raw records and runs the frozen prefix over them; the result is on the CPU.
+
+        Raises:
+            DataError: the records have not the form that the backbone takes.
+        """
+        prepare = self.adapted.backbone.prepare
 
         def compute(part: slice) -> Cached:
-            kept = self.prefix.compute(prepare(images[part]).to(self.device))
-            return tuple(tensor.cpu() for tensor in kept)
+            inputs = (tensor.to(self.device) for tensor in prepare(take(raw, part)))
+            return tuple(tensor.cpu() for tensor in self.prefix.compute(*inputs))
 
         with lower_precision(self.dtype, self.device.type):
-            parts, self._chunk = in_chunks(compute, len(images), self._chunk)
+            parts, self._chunk = in_chunks(compute, count(raw), self._chunk)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def features(self, adapter: Tensors, cached: Cached) -> torch.Tensor:
@@ -144,6 +151,10 @@ class Workbench:
         model.head.load_state_dict(head.state_dict())
         return model, engine
 
+    def fixed_point(self, plan: Plan) -> FixedPoint:
+        """How this adapter's gradient sums become integers in secure aggregation."""
+        return fixed_point(plan, sum(math.prod(spec.shape) for spec in self.adapted.schema))
+
     def release(self) -> None:
         """Detaches the gradient engine; the next `trainer` checks and attaches one again."""
         if self._trainer is not None:
@@ -157,8 +168,9 @@ class Workbench:
         nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
         model = SiteModel(self.prefix, head, self.device)
         example = self.adapted.backbone.example(CHECK_RECORDS, torch.Generator().manual_seed(2))
-        cached = self.prefix.compute(example.to(self.device))
-        engine, self.verdicts = choose_engine(model, cached, classes)
+        cached = self.prefix.compute(*(tensor.to(self.device) for tensor in example))
+        labels = torch.arange(CHECK_RECORDS, device=self.device) % classes
+        engine, self.verdicts = choose_engine(model, cached, labels)
         model.dtype = self.dtype  # checked in float32, then used in the plan's format
         return model, engine
 

@@ -16,6 +16,7 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
+    ├── AggregationError  a secure sum that cannot be finished
     ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
@@ -109,6 +110,10 @@ class EgressError(FedgraftError):
 
 class MessageError(FedgraftError):
     """A message does not follow the protocol."""
+
+
+class AggregationError(FedgraftError):
+    """A secure sum cannot be finished; no site's input has been revealed."""
 
 
 class LinkError(FedgraftError):

@@ -185,6 +185,11 @@ class Privacy(Section):
         "unit's gradient is their average. It does not change epsilon. Without a column it has no "
         "meaning.",
     )
+    secure_aggregation: Literal["real", "summed"] = Field(
+        default="real",
+        description="Distributed mechanism: `real` hides every summand behind masks, as a "
+        "federation needs it; `summed` adds in the open, in a simulation only.",
+    )
     tolerated_dropouts: int = Field(
         default=0, ge=0, description="Sites that may be missing from a distributed step."
     )
@@ -375,6 +380,13 @@ class Plan(Section):
                     f"defined: {', '.join(self.data.label_sets) or 'none'}"
                 )
         return self
+
+    @property
+    def secure(self) -> bool:
+        """Whether sites send masked integers, of which only the sum can be read."""
+        return self.privacy.mechanism == "distributed" and (
+            self.privacy.secure_aggregation == "real"
+        )
 
     @property
     def steps(self) -> int:
