@@ -36,12 +36,14 @@ class Finding:
         measured: what was found, with its confidence if it is an estimate.
         verdict: whether it held; `info` decides nothing.
         detail: how it was measured, for a specialist.
+        name: of the check, the same in every audit; a self-test counts by it.
     """
 
     claim: str
     measured: str
     verdict: Verdict
     detail: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
