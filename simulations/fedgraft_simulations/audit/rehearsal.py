@@ -158,16 +158,19 @@ class Rehearsal:
         shares = simulated.shares()
         return cls(plan, directory, tuple(every), tuple(shares), initial, final[0])
 
-    def exchanges(self, kind: str | None = None) -> Iterator[Exchange]:
-        """Everything that crossed the grid, by kind, round and site; read from disk one by one."""
-        for file in sorted((self.directory / "replies").glob("*.pb")):
-            if file.name.endswith(".request.pb"):
-                continue
-            found, number, site = file.stem.split("-")
-            if kind in (None, found):
-                wire = file.with_suffix(".request.pb").read_bytes()
-                request = message_from_proto(ProtoMessage.FromString(wire))
-                yield Exchange(int(site), int(number), found, request, file.read_bytes())
+    def exchanges(self, kind: str = "*", number: int | None = None) -> Iterator[Exchange]:
+        """Everything that crossed the grid, by kind, round and site; read from disk one by one.
+
+        Args:
+            kind: `train`, `evaluate` or `query` only.
+            number: this round only.
+        """
+        rounds = "*" if number is None else f"{number:06d}"
+        for file in sorted((self.directory / "replies").glob(f"{kind}-{rounds}-??????.pb")):
+            found, asked, site = file.stem.split("-")
+            wire = file.with_suffix(".request.pb").read_bytes()
+            request = message_from_proto(ProtoMessage.FromString(wire))
+            yield Exchange(int(site), int(asked), found, request, file.read_bytes())
 
     def updates(self, number: int) -> list[Tensors]:
         """What each site sent in a training round, in the order of sites: adapters (local, none)
@@ -176,8 +179,7 @@ class Rehearsal:
         schema = self.sites[0].runtime.workbench(self.plan).adapted.schema
         return [
             from_record(exchange.reply.content.array_records[ADAPTER], schema)
-            for exchange in self.exchanges("train")
-            if exchange.round == number
+            for exchange in self.exchanges("train", number)
         ]
 
 
