@@ -24,6 +24,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedgraft_client.app import client_app
 from fedgraft_client.site import Site
+from fedgraft_common.errors import MessageError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import ADAPTER, Tensors, from_record, read_request
 from fedgraft_common.plan import Plan
@@ -153,7 +154,11 @@ class Rehearsal:
 
         app = client_app(lambda context: every[int(context.node_config["partition-id"])])
         grid = RecordingGrid(app, count, directory / "replies")
-        server_app(plan, directory / "server", note, durable=False)(grid, local_context(0, 1))
+        try:
+            server_app(plan, directory / "server", note, durable=False)(grid, local_context(0, 1))
+        except MessageError as error:  # the sites are ours, so their own reason is shown
+            own = (site.last_error for site in every)
+            raise next((reason for reason in own if reason is not None), error) from None
         initial = every[0].runtime.workbench(plan).initial
         shares = simulated.shares()
         return cls(plan, directory, tuple(every), tuple(shares), initial, final[0])
