@@ -78,7 +78,9 @@ class Candidates:
         total = np.bincount(self.units, weights=values)
         return total / np.bincount(self.units)
 
-    def confidence(self, bench: Workbench, adapter: Tensors, head: LinearHead) -> NDArray[np.float64]:
+    def confidence(
+        self, bench: Workbench, adapter: Tensors, head: LinearHead
+    ) -> NDArray[np.float64]:
         """(U,) log-probability of the label under an adapter and a head, mean over records."""
         return self.per_unit(log_probability(head, self.features(bench, adapter), self.labels))
 

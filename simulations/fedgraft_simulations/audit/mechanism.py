@@ -81,6 +81,7 @@ class MechanismPart:
         )
         measured = Measured(context, trials, black_box)
         findings = tuple(measured.findings())
+        measured.facts["epsilon_lower_bound"] = max(low for _, low, _ in measured.bounds)
         return PartResult(
             name=self.name,
             title=self.title,

@@ -195,7 +195,10 @@ def reference_run(
         number: of the run; its noise and its directory are its own.
         plan: another plan than the one under audit.
     """
-    run, directory = context.rehearsal, context.directory / "membership" / "references" / f"{number}"
+    run, directory = (
+        context.rehearsal,
+        context.directory / "membership" / "references" / f"{number}",
+    )
 
     def site(index: int) -> Site:
         share = run.shares[index]
@@ -260,9 +263,7 @@ def attack_control(
     return roc_of("updates", scores, members)
 
 
-def attack_heads(
-    context: AuditContext, candidates: Sequence[Candidates], count: int
-) -> list[Roc]:
+def attack_heads(context: AuditContext, candidates: Sequence[Candidates], count: int) -> list[Roc]:
     """LiRA and the others on the heads that sites refit and seal, pooled over sites.
 
     The adapter is released and the prefix cached, so a shadow head is a fit on features: as many

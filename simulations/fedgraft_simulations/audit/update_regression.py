@@ -111,9 +111,9 @@ class UpdateRegression:
         weight.diagonal().add_(max(self._noise**2, floor))
         factor = torch.linalg.cholesky(weight)
         self._precision += torch.cholesky_solve(products, factor)
-        self._evidence += torch.cholesky_solve((gradients @ update.to(self._dtype))[:, None], factor)[
-            :, 0
-        ]
+        self._evidence += torch.cholesky_solve(
+            (gradients @ update.to(self._dtype))[:, None], factor
+        )[:, 0]
 
     def solve(self) -> NDArray[np.float64]:
         """(U,) weight of each candidate, in the order of sites and units."""
