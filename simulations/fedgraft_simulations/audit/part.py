@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from fedgraft_client.policy import Policy
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.rehearsal import Claim, Rehearsal, claim_of
 
@@ -36,12 +37,14 @@ class Finding:
         measured: what was found, with its confidence if it is an estimate.
         verdict: whether it held; `info` decides nothing.
         detail: how it was measured, for a specialist.
+        name: of the check, the same in every audit; a self-test counts by it.
     """
 
     claim: str
     measured: str
     verdict: Verdict
     detail: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class AuditContext:
         seed: of the auditor's own randomness: canaries, coins, shadow models.
         effort: `quick` for tests and a first look, `full` for a verdict.
         ledger: an exported ledger to audit instead of the rehearsal's; None for the rehearsal's.
+        policy: the rules of the site that the ledger belongs to; None if the auditor has none.
         device: where simulated sites train.
     """
 
@@ -115,6 +119,7 @@ class AuditContext:
     seed: int = 0
     effort: Effort = "full"
     ledger: Path | None = None
+    policy: Policy | None = None
     device: str = "cpu"
 
     @cached_property

@@ -5,10 +5,14 @@ A part is loaded when it is asked for, so that `fedgraft audit --part ledger` st
 
 from __future__ import annotations
 
+import logging
+import time
 from importlib import import_module
 
-from fedgraft_common.errors import PlanError
-from fedgraft_simulations.audit.part import Part
+from fedgraft_common.errors import FedgraftError, PlanError
+from fedgraft_simulations.audit.part import AuditContext, Finding, Part, PartResult, Report
+
+log = logging.getLogger(__name__)
 
 PARTS: dict[str, str] = {
     "ledger": "fedgraft_simulations.audit.ledger:LedgerPart",
@@ -32,3 +36,22 @@ def load_part(name: str) -> Part:
     module, _, kind = PARTS[name].partition(":")
     part: Part = getattr(import_module(module), kind)()
     return part
+
+
+def run_part(part: Part, context: AuditContext, progress: Report) -> PartResult:
+    """Runs a part; one that cannot be finished has failed, and the others still run."""
+    started = time.perf_counter()
+    try:
+        return part.run(context, progress)
+    except Exception as error:
+        if not isinstance(error, FedgraftError):
+            log.exception("the part %s broke off", part.name)
+        reason = str(error) or type(error).__name__
+    return PartResult(
+        name=part.name,
+        title=part.title,
+        verdict="fail",
+        summary="This part could not be finished, so it shows nothing.",
+        findings=(Finding("The part can be run to its end", reason, "fail", name="finished"),),
+        seconds=time.perf_counter() - started,
+    )

@@ -24,6 +24,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedgraft_client.app import client_app
 from fedgraft_client.site import Site
+from fedgraft_common.errors import MessageError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import ADAPTER, Tensors, from_record, read_request
 from fedgraft_common.plan import Plan
@@ -153,21 +154,28 @@ class Rehearsal:
 
         app = client_app(lambda context: every[int(context.node_config["partition-id"])])
         grid = RecordingGrid(app, count, directory / "replies")
-        server_app(plan, directory / "server", note, durable=False)(grid, local_context(0, 1))
+        try:
+            server_app(plan, directory / "server", note, durable=False)(grid, local_context(0, 1))
+        except MessageError as error:  # the sites are ours, so their own reason is shown
+            own = (site.last_error for site in every)
+            raise next((reason for reason in own if reason is not None), error) from None
         initial = every[0].runtime.workbench(plan).initial
         shares = simulated.shares()
         return cls(plan, directory, tuple(every), tuple(shares), initial, final[0])
 
-    def exchanges(self, kind: str | None = None) -> Iterator[Exchange]:
-        """Everything that crossed the grid, by kind, round and site; read from disk one by one."""
-        for file in sorted((self.directory / "replies").glob("*.pb")):
-            if file.name.endswith(".request.pb"):
-                continue
-            found, number, site = file.stem.split("-")
-            if kind in (None, found):
-                wire = file.with_suffix(".request.pb").read_bytes()
-                request = message_from_proto(ProtoMessage.FromString(wire))
-                yield Exchange(int(site), int(number), found, request, file.read_bytes())
+    def exchanges(self, kind: str = "*", number: int | None = None) -> Iterator[Exchange]:
+        """Everything that crossed the grid, by kind, round and site; read from disk one by one.
+
+        Args:
+            kind: `train`, `evaluate` or `query` only.
+            number: this round only.
+        """
+        rounds = "*" if number is None else f"{number:06d}"
+        for file in sorted((self.directory / "replies").glob(f"{kind}-{rounds}-??????.pb")):
+            found, asked, site = file.stem.split("-")
+            wire = file.with_suffix(".request.pb").read_bytes()
+            request = message_from_proto(ProtoMessage.FromString(wire))
+            yield Exchange(int(site), int(asked), found, request, file.read_bytes())
 
     def updates(self, number: int) -> list[Tensors]:
         """What each site sent in a training round, in the order of sites: adapters (local, none)
@@ -176,8 +184,7 @@ class Rehearsal:
         schema = self.sites[0].runtime.workbench(self.plan).adapted.schema
         return [
             from_record(exchange.reply.content.array_records[ADAPTER], schema)
-            for exchange in self.exchanges("train")
-            if exchange.round == number
+            for exchange in self.exchanges("train", number)
         ]
 
 
