@@ -432,6 +432,8 @@ class Plan(Section):
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
         if self.backbone.manifest_sha256 is None:  # plans older than the key keep their hash
             del document["backbone"]["manifest_sha256"]
+        if self.privacy.secure_aggregation == "real":
+            del document["privacy"]["secure_aggregation"]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

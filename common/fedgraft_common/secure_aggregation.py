@@ -60,11 +60,12 @@ Mixed lists, where S differs from site to site, are thus allowed to the server a
 a site none of whose secrets is known only hides its own input, and with it everybody's. The order
 in which answers and inputs come does not enter. The condition on d and c is checked by `Terms`.
 
-Not promised: that a sum comes out. Any site can stop a round by staying away or by dealing wrong
-shares at set-up, and can add what it likes to the sum by its input. Not promised either: anything
-about a server that also holds the CA's key and can invent sites or take their names, unless sites
-pin each other's keys (`Trust.pinned`); and secrecy of past rounds once n - d sites' states are
-stolen. `deploy/decisions/0005-secure-aggregation.md` has the reasons.
+Not promised: that a sum comes out. More than d sites stop a round by staying away, and one by
+dealing wrong shares at set-up; and a site can add what it likes to the sum by its input. Not
+promised either: anything about a server that also holds the CA's key and can invent sites or take
+their names, unless sites pin each other's keys (`Trust.pinned`); and secrecy of past rounds once
+states are stolen: a site's own state opens its own inputs, those of n - d sites everybody's.
+Reasons and attacks: `deploy/decisions/0005-secure-aggregation.md`.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ CHANGES: dict[str, object] = {
     "backbone.source": "embedded:other",
     "backbone.sha256": "0" * 64,
     "backbone.manifest_sha256": "0" * 64,
+    "privacy.secure_aggregation": "summed",
     "backbone.pooling": "mean",
     "backbone.frozen_dtype": "float32",
     "adapter.method": "film",
