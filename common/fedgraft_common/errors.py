@@ -20,7 +20,8 @@
     ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
-    └── ServerError       the federation server's directory, ports or processes
+    ├── ServerError       the federation server's directory, ports or processes
+    └── AuditError        an audit's report: missing, altered, or signed by somebody else
 
 Each one says the same four things, so that whoever reads it (a researcher, a hospital's
 IT person) knows what to do next: the field or file, the value found, what is allowed, and
@@ -130,3 +131,7 @@ class IdentityError(FedgraftError):
 
 class ServerError(FedgraftError):
     """The federation server cannot be set up or cannot run."""
+
+
+class AuditError(FedgraftError):
+    """An audit's report is missing, was altered, or is signed by somebody else."""
