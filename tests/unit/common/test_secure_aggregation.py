@@ -731,8 +731,8 @@ def test_an_answer_has_one_share_of_each_site(federation: Federation) -> None:
         for holders in combinations(range(5), 4):
             secret_ = shamir.combine(holders, [shares[holder] for holder in holders])
             assert secret_ == federation[dealer]._round_secret(kind, 1)
-        for holders in combinations(range(5), 3):
-            secret_ = shamir.combine(holders, [shares[holder] for holder in holders])
+        for fewer in combinations(range(5), 3):
+            secret_ = shamir.combine(fewer, [shares[holder] for holder in fewer])
             assert secret_ != federation[dealer]._round_secret(kind, 1)
 
 
