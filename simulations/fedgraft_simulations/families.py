@@ -39,7 +39,7 @@ class Family:
     language: bool = False
 
 
-def _shake(model: nn.Module) -> nn.Module:
+def _shake(model: nn.Module) -> Any:
     """Statistics and scales that are not the initial ones, at which errors would not show."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -71,7 +71,8 @@ def _transformers(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built = getattr(transformers, model)(getattr(transformers, config)(**settings))
-            _shake(built).save_pretrained(directory)
+            _shake(built)
+            built.save_pretrained(directory)
             if extractor is not None:
                 made = getattr(transformers, extractor)(**(extractor_settings or {}))
                 made.save_pretrained(directory)

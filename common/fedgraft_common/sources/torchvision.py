@@ -124,7 +124,7 @@ def _published(name: str) -> dict[str, Any]:
 
     if "rcnn" in name:
         return {"size": 320 if "320" in name else 800, **IMAGENET}
-    transforms = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
     crop = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", [224])
     return {
         "size": int(crop[0] if isinstance(crop, list | tuple) else crop),

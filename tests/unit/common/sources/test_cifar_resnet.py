@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_published_weights_fit(shared_data: Path) -> None:
 def test_a_shortcut_has_no_parameters_and_keeps_values() -> None:
     """Option A: where a block's convolutions give nothing, its input goes through, thinned out."""
     model = CifarResNet(20).eval()
-    block = model.layer2[0]
+    block: Any = model.layer2[0]
     with torch.no_grad():
         block.bn2.weight.zero_()
         block.bn2.bias.zero_()

@@ -98,12 +98,12 @@ def test_an_encoder_gets_transformers_own_mask(tmp_path: Path) -> None:
 def test_towers_of_clip(tmp_path: Path) -> None:
     """Image, text and both: the features are those that CLIP compares."""
     config = MAKE["CLIP"](tmp_path)
-    tokenizer = {"preprocessing": {"length": 16}}
+    short: dict[str, object] = {"preprocessing": {"length": 16}}
     found = {}
     for modality in ("auto", "image", "text", "image-text"):
-        changes: dict[str, object] = {"modality": modality} | (
-            tokenizer if modality == "text" else {}
-        )
+        changes: dict[str, object] = {"modality": modality}
+        if modality == "text":
+            changes |= short
         found[modality] = load_backbone(config.model_copy(update=changes))
     both = found["image-text"]
     pixels, ids, mask = both.example(2, torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.plan import Backbone as Config
 
-OPTIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+OPTIONS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
 
 
@@ -36,7 +36,7 @@ def load(file: Path, **changes: Any) -> Backbone:
 
 def test_the_features_are_timm_s(file: Path) -> None:
     backbone = load(file)
-    own = timm.create_model(NAME, num_classes=7, **OPTIONS).eval()
+    own: Any = timm.create_model(NAME, num_classes=7, **OPTIONS).eval()
     own.load_state_dict(load_file(file))
     (inputs,) = backbone.example(2, torch.Generator().manual_seed(0))
     with torch.no_grad():

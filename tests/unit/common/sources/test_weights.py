@@ -32,11 +32,11 @@ def test_a_model_is_filled_in_float32(file: Path) -> None:
 
 
 def test_what_is_missing_is_named(file: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 2))
-    before = model[0].weight.clone()
+    linear = nn.Linear(3, 2)
+    model, before = nn.Sequential(linear), linear.weight.clone()
     with pytest.raises(BackboneError, match=r"no weights for 0\.bias, 0\.weight"):
         weights.fill(model, weights.read(file), file)
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(linear.weight, before)
 
 
 def test_another_shape_is_refused(file: Path) -> None:
