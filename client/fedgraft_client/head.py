@@ -1,6 +1,6 @@
 """A site's own output layer: linear, over the backbone's features, never sent.
 
-Shapes: N records, D features, K classes of this site.
+Shapes: N records, D features, K classes or other outputs of this site's task.
 """
 
 from __future__ import annotations
@@ -8,22 +8,33 @@ from __future__ import annotations
 import hashlib
 import math
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from fedgraft_common.plan import Plan
 
+if TYPE_CHECKING:  # a task draws its prototypes here
+    from fedgraft_client.tasks.task import Task
+
 
 class LinearHead(nn.Module):
-    """Logits (N, K) from features (N, D), which are first brought to unit length.
+    """Outputs (..., K) from features (..., D), which are first brought to unit length.
 
     Unit length keeps a fixed prototype head on one scale for every backbone and bounds the
     gradient a single record can cause.
+
+    Args:
+        features: D.
+        outputs: K.
+        task: whose loss it is trained with; None for the cross-entropy of K classes.
     """
 
-    def __init__(self, features: int, classes: int) -> None:
+    def __init__(self, features: int, outputs: int, task: Task | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, classes)
+        self.task = task
+        self.linear = nn.Linear(features, outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -65,12 +76,35 @@ def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> to
         (K, D) float32, rows of length 1.
     """
     count = len(classes)
-    digest = hashlib.sha256("\0".join(["fedgraft head", str(seed), *classes]).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    gaussian = torch.randn(features, max(count, 1), generator=generator, dtype=torch.float64)
+    gaussian = _public_gaussian(seed, classes, features)
     if features < count:
         return nn.functional.normalize(gaussian, dim=0).T.float()
     basis, _ = torch.linalg.qr(gaussian)
     centred = torch.eye(count, dtype=torch.float64) - 1 / count
     frame: torch.Tensor = math.sqrt(count / (count - 1)) * basis @ centred
     return frame.T.float()
+
+
+def orthogonal_prototypes(seed: int, names: tuple[str, ...], features: int) -> torch.Tensor:
+    """Unit vectors at right angles to each other, for answers that do not exclude each other.
+
+    Args:
+        seed: the plan's seed.
+        names: of the classes or targets, K of them; sites with the same names agree.
+        features: D; if D < K there is no room, and independent random directions are used.
+
+    Returns:
+        (K, D) float32, rows of length 1.
+    """
+    gaussian = _public_gaussian(seed, names, features)
+    if features < len(names):
+        return nn.functional.normalize(gaussian, dim=0).T.float()
+    basis: torch.Tensor = torch.linalg.qr(gaussian)[0]
+    return basis.T.float()
+
+
+def _public_gaussian(seed: int, names: tuple[str, ...], features: int) -> torch.Tensor:
+    """(D, K) float64 standard normal, a function of the plan's seed and public names."""
+    digest = hashlib.sha256("\0".join(["fedgraft head", str(seed), *names]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(features, max(len(names), 1), generator=generator, dtype=torch.float64)
