@@ -1,6 +1,7 @@
 """A site's records, checked before they are used.
 
-Shapes: N records, C channels, H x W pixels, K classes.
+Shapes: N records, C channels, H x W pixels, K classes. The raw form of the inputs depends on the
+modality (`fedgraft_common.modality.FORMS`); the backbone prepares them.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import numpy as np
 import torch
 
 from fedgraft_common.errors import DataError
+from fedgraft_common.modality import FORMS, Raw, count, fits, form_of
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Labelled images of one site.
+    """Labelled records of one site.
 
     Attributes:
-        images: (N, C, H, W) float32 in [0, 1].
+        inputs: raw, N records in the form of their modality; images are (N, C, H, W) float32 in
+            [0, 1].
         labels: (N,) int64, indices into the site's classes.
         units: (N,) int64, the unit of each record, numbered from 0 at this site with no number
             left out (`number_units`); None if every record is a unit of its own.
     """
 
-    images: torch.Tensor
+    inputs: Raw
     labels: torch.Tensor
     units: torch.Tensor | None = None
 
@@ -64,34 +67,11 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             f"{where}: records", 0, "at least one record",
             "Check the data source, or leave the site out.",
         )  # fmt: skip
-    if records.images.dim() != 4 or len(records.images) != len(records.labels):
-        raise DataError(
-            f"{where}: images", tuple(records.images.shape),
-            f"(records, channels, height, width) with {len(records.labels)} records",
-            "Give one image and one label for each record.",
-        )  # fmt: skip
-    if records.images.dtype != torch.float32:
-        raise DataError(
-            f"{where}: images", records.images.dtype, "float32 values in [0, 1]",
-            "Convert them: images.float().",
-        )  # fmt: skip
+    _check_inputs(records, where)
     if records.labels.dim() != 1 or records.labels.dtype != torch.int64:
         raise DataError(
             f"{where}: labels", f"{records.labels.dtype}{tuple(records.labels.shape)}",
             "one int64 class index for each record", "Convert them: labels.flatten().long().",
-        )  # fmt: skip
-    finite = torch.isfinite(records.images).flatten(1).all(dim=1)
-    if not finite.all():
-        broken = (~finite).nonzero().flatten().tolist()
-        raise DataError(
-            f"{where}: images", f"NaN or infinity in {len(broken)} records, first at {broken[0]}",
-            "finite values", "Repair or remove these records.",
-        )  # fmt: skip
-    low, high = float(records.images.min()), float(records.images.max())
-    if low < 0 or high > 1:
-        raise DataError(
-            f"{where}: images", f"values from {low:g} to {high:g}", "values in [0, 1]",
-            "Scale by a public constant (255 for 8-bit images), never by the data's own range.",
         )  # fmt: skip
     outside = (records.labels < 0) | (records.labels >= len(classes))
     if outside.any():
@@ -100,6 +80,39 @@ def check_records(records: Records, classes: tuple[str, ...], site: str) -> None
             f"0 to {len(classes) - 1} ({', '.join(classes)})", "Correct the label map.",
         )  # fmt: skip
     _check_units(records, where)
+
+
+def _check_inputs(records: Records, where: str) -> None:
+    """What holds for the raw records of each modality."""
+    inputs = records.inputs
+    if count(inputs) != len(records.labels):
+        raise DataError(
+            f"{where}: inputs", f"{count(inputs)} records", f"{len(records)}, one for each label",
+            "Give one input and one label for each record.",
+        )  # fmt: skip
+    if not any(fits(inputs, modality) for modality in FORMS):
+        raise DataError(
+            f"{where}: inputs", form_of(inputs), "; or ".join(FORMS.values()),
+            "Bring them into one of these forms.",
+        )  # fmt: skip
+    values = inputs[0] if isinstance(inputs, tuple) else inputs
+    if not isinstance(values, torch.Tensor):
+        return
+    finite = torch.isfinite(values).flatten(1).all(dim=1)
+    if not finite.all():
+        broken = (~finite).nonzero().flatten().tolist()
+        raise DataError(
+            f"{where}: inputs", f"NaN or infinity in {len(broken)} records, first at {broken[0]}",
+            "finite values", "Repair or remove these records.",
+        )  # fmt: skip
+    if not (fits(values, "image") or fits(values, "video")):
+        return
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        raise DataError(
+            f"{where}: inputs", f"values from {low:g} to {high:g}", "values in [0, 1]",
+            "Scale by a public constant (255 for 8-bit images), never by the data's own range.",
+        )  # fmt: skip
 
 
 def _check_units(records: Records, where: str) -> None:

@@ -69,7 +69,7 @@ def cache_bytes(bench: Workbench | None, records: int) -> int:
         return 0
     example = bench.adapted.backbone.example(1, torch.Generator().manual_seed(0))
     with suppress(torch.OutOfMemoryError):
-        kept = bench.prefix.compute(example.to(bench.device))
+        kept = bench.prefix.compute(*(tensor.to(bench.device) for tensor in example))
         size = records * sum(tensor.nbytes for tensor in kept)
         return size if size > MEMORY_LIMIT else 0
     return 0
@@ -81,7 +81,8 @@ def trial_step(
     """One whole DP step on synthetic records, with the engine that the real ones would get."""
     head = initial_head(plan, classes, bench.adapted.feature_dim)
     example = bench.adapted.backbone.example(records, torch.Generator().manual_seed(1))
-    cached = tuple(tensor.cpu() for tensor in bench.prefix.compute(example.to(bench.device)))
+    inputs = (tensor.to(bench.device) for tensor in example)
+    cached = tuple(tensor.cpu() for tensor in bench.prefix.compute(*inputs))
     bench.trainer(head)
     verdict = bench.verdicts[-1]
     smaller: list[int] = []

@@ -15,10 +15,13 @@ import torch
 from torch import nn
 
 from fedgraft_client.store import load_sealed
-from fedgraft_common.adapted import pool, quiet_peft
+from fedgraft_common.adapted import quiet_peft
 from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
+from fedgraft_common.modality import Raw, count, take
 from fedgraft_common.plan import Backbone as BackboneConfig
+
+CHUNK = 256  # records predicted at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +71,19 @@ def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Mo
     return backbone, model.eval()
 
 
-def predict(
-    adapter: Path, head: Path, images: torch.Tensor, source: str | None = None
-) -> Prediction:
+def predict(adapter: Path, head: Path, raw: Raw, source: str | None = None) -> Prediction:
     """Predicts new records.
 
     Args:
         adapter: directory in PEFT's format.
         head: a sealed head; it says which backbone it belongs to.
-        images: (N, C, H, W) float32 in [0, 1].
+        raw: N records in the form of the backbone's modality; images are (N, C, H, W) float32 in
+            [0, 1].
         source: where the backbone is, if not where the plan said.
 
     Raises:
         BackboneError, AdapterError, CheckpointError: one of the three cannot be loaded.
+        DataError: the records have another form.
     """
     sealed = load_sealed(head)
     config = sealed.backbone if source is None else sealed.backbone.model_copy(
@@ -89,7 +92,7 @@ def predict(
     backbone, model = load_adapted(config, adapter)
     parts = []
     with torch.no_grad():
-        for chunk in images.split(256):
-            pooled = pool(model(backbone.manifest.preprocessing(chunk)), backbone.pooling)
-            parts.append(sealed.head(backbone.standardise(pooled)).softmax(dim=1))
+        for start in range(0, count(raw), CHUNK):
+            inputs = backbone.prepare(take(raw, slice(start, start + CHUNK)))
+            parts.append(sealed.head(backbone.features(model, inputs)).softmax(dim=1))
     return Prediction(sealed.classes, torch.cat(parts))

@@ -50,25 +50,29 @@ class Prefix(nn.Module):
         self._constants: list[Any] = []
         self._given: Cached | None = None
         self._entry: tuple[nn.Module, ...] = ()  # in a tuple: already registered inside the model
-        self._blank = torch.zeros_like(model.backbone.example(1, torch.Generator()))
+        example = model.backbone.example(1, torch.Generator())
+        self._blank = torch.zeros_like(example[0])
+        self._beside = 0  # inputs that are kept as they are
         self.door = model.adapted_blocks[0] if model.adapted_blocks else "features"
         if model.adapter:
             self._cut(tolerance)
 
     def _cut(self, tolerance: float) -> None:
-        example = self.model.backbone.example(3, torch.Generator().manual_seed(1))
-        example = example.to(next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        drawn = self.model.backbone.example(3, torch.Generator().manual_seed(1))
+        example = tuple(tensor.to(device) for tensor in drawn)
+        self._beside = len(example) - 1
         self._entry = (self._root().get_submodule(self.door),)
-        self._learn_what_to_skip(example[:2])
+        self._learn_what_to_skip(tuple(tensor[:2] for tensor in example))
         own = self.model.state()
         try:
-            cached = self.compute(example)
+            cached = self.compute(*example)
             self._disturb()  # kept tensors must not hold anything of the adapter
             with torch.no_grad():
-                whole = self.model(example)
+                whole = self.model(*example)
                 gap = float((whole - self(*cached)).abs().max() / whole.abs().max().clamp(min=1))
             problem = None if gap <= tolerance else f"the parts differ by {gap:.1e}"
-            if any(len(tensor) != len(example) for tensor in cached):
+            if any(len(tensor) != len(example[0]) for tensor in cached):
                 problem = "it is given a tensor that is not one row a record"
         except Exception as error:  # whatever a foreign model does, the answer is "not cut"
             problem = f"the rest does not run alone ({type(error).__name__})"
@@ -91,7 +95,7 @@ class Prefix(nn.Module):
         root: nn.Module = peft.get_base_model() if hasattr(peft, "get_base_model") else peft
         return root
 
-    def _learn_what_to_skip(self, example: torch.Tensor) -> None:
+    def _learn_what_to_skip(self, example: tuple[torch.Tensor, ...]) -> None:
         """One traced pass: which modules finish before the door, and what they return."""
         finished: dict[nn.Module, Any] = {}
         handles = []
@@ -102,10 +106,11 @@ class Prefix(nn.Module):
         handles.append(entry.register_forward_pre_hook(_stop, with_kwargs=True))
         try:
             with torch.no_grad():
-                self.model(example)
+                self.model(*example)
         except _AtTheDoor as door:
             values, self._layout = pytree.tree_flatten(door.arguments)
-            self._constants = [_KEPT if _per_record(v, len(example)) else v for v in values]
+            records = len(example[0])
+            self._constants = [_KEPT if _per_record(v, records) else v for v in values]
         finally:
             for handle in handles:
                 handle.remove()
@@ -113,7 +118,7 @@ class Prefix(nn.Module):
         for module, output in finished.items():
             if module not in outer:
                 self._skipped.append((module, module.forward, output))
-                module.forward = self._stub(module.forward, output, len(example))
+                module.forward = self._stub(module.forward, output, len(example[0]))
         entry.register_forward_pre_hook(self._hand_over, with_kwargs=True)
 
     @staticmethod
@@ -154,37 +159,40 @@ class Prefix(nn.Module):
         self._skipped.clear()
         self._layout = None
 
-    def compute(self, inputs: torch.Tensor) -> Cached:
-        """What to keep for prepared inputs (N, C, H, W): features, or the door's tensors.
+    def compute(self, *inputs: torch.Tensor) -> Cached:
+        """What to keep for prepared inputs: features, or the door's tensors.
 
-        A model that cannot be cut keeps the inputs themselves.
+        Inputs after the first (an attention mask, say) are small and often needed behind the
+        door, too, so they are kept beside. A model that cannot be cut keeps all inputs.
         """
         if not self.model.adapter:
-            return (self.model(inputs),)
+            return (self.model(*inputs),)
         if self._layout is None:
-            return (inputs,)
+            return inputs
         handle = self._entry[0].register_forward_pre_hook(_stop, with_kwargs=True, prepend=True)
         try:
             with torch.no_grad():
-                self.model(inputs)
+                self.model(*inputs)
         except _AtTheDoor as door:
             values, _ = pytree.tree_flatten(door.arguments)
-            return tuple(v for v, c in zip(values, self._constants, strict=True) if c is _KEPT)
+            kept = (v for v, c in zip(values, self._constants, strict=True) if c is _KEPT)
+            return (*kept, *inputs[1:])
         finally:
             handle.remove()
         raise RuntimeError(f"{self.door} did not run")  # the example went through it
 
     def forward(self, *cached: torch.Tensor) -> torch.Tensor:
-        """Features (N, D) from what `compute` kept."""
+        """Features from what `compute` kept."""
         if not self.model.adapter:
             return cached[0]
         if self._layout is None:
-            features: torch.Tensor = self.model(cached[0])
+            features: torch.Tensor = self.model(*cached)
             return features
-        self._given = cached
+        kept = len(cached) - self._beside
+        self._given = cached[:kept]
         try:
-            blank = self._blank.to(cached[0].device)
-            return self.model(blank.expand(len(cached[0]), *blank.shape[1:]))  # type: ignore[no-any-return]
+            blank = self._blank.to(cached[0].device).expand(len(cached[0]), *self._blank.shape[1:])
+            return self.model(blank, *cached[kept:])  # type: ignore[no-any-return]
         finally:
             self._given = None
 

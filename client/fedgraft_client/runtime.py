@@ -21,6 +21,7 @@ from fedgraft_client.prefix import Cached, Prefix
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
 from fedgraft_common.errors import PlanError
 from fedgraft_common.messages import Tensors
+from fedgraft_common.modality import Raw, count, take
 from fedgraft_common.plan import Plan
 
 CHUNK = 256  # records that go through the frozen part at once
@@ -105,16 +106,20 @@ class Workbench:
         self._kind: tuple[int, bool] | None = None
         self._trainer: tuple[SiteModel, Engine] | None = None
 
-    def cache(self, images: torch.Tensor) -> Cached:
-        """Runs the frozen prefix over images (N, C, H, W) in [0, 1]; the result is on the CPU."""
-        prepare = self.adapted.backbone.manifest.preprocessing
+    def cache(self, raw: Raw) -> Cached:
+        """Prepares raw records and runs the frozen prefix over them; the result is on the CPU.
+
+        Raises:
+            DataError: the records have not the form that the backbone takes.
+        """
+        prepare = self.adapted.backbone.prepare
 
         def compute(part: slice) -> Cached:
-            kept = self.prefix.compute(prepare(images[part]).to(self.device))
-            return tuple(tensor.cpu() for tensor in kept)
+            inputs = (tensor.to(self.device) for tensor in prepare(take(raw, part)))
+            return tuple(tensor.cpu() for tensor in self.prefix.compute(*inputs))
 
         with lower_precision(self.dtype, self.device.type):
-            parts, self._chunk = in_chunks(compute, len(images), self._chunk)
+            parts, self._chunk = in_chunks(compute, count(raw), self._chunk)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def features(self, adapter: Tensors, cached: Cached) -> torch.Tensor:
@@ -157,8 +162,9 @@ class Workbench:
         nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
         model = SiteModel(self.prefix, head, self.device)
         example = self.adapted.backbone.example(CHECK_RECORDS, torch.Generator().manual_seed(2))
-        cached = self.prefix.compute(example.to(self.device))
-        engine, self.verdicts = choose_engine(model, cached, classes)
+        cached = self.prefix.compute(*(tensor.to(self.device) for tensor in example))
+        labels = torch.arange(CHECK_RECORDS, device=self.device) % classes
+        engine, self.verdicts = choose_engine(model, cached, labels)
         model.dtype = self.dtype  # checked in float32, then used in the plan's format
         return model, engine
 

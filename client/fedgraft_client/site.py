@@ -375,7 +375,7 @@ class Site:
                 "without evaluation.",
             )  # fmt: skip
         if self._held_out_cache is None or self._held_out_cache[0] is not bench:
-            self._held_out_cache = bench, bench.cache(self.held_out.images)
+            self._held_out_cache = bench, bench.cache(self.held_out.inputs)
         noise = self._noise("evaluate", plan, number)
         reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
         features = bench.features(adapter, self._held_out_cache[1])
@@ -419,7 +419,7 @@ class Site:
         if key not in self._caches:
             while len(self._caches) >= BENCHES:
                 self._caches.pop(next(iter(self._caches)))
-            kept = keep(bench.cache(self.records.images), self.store.directory)
+            kept = keep(bench.cache(self.records.inputs), self.store.directory)
             self._caches[key] = (bench, kept)
         return self._caches[key][1]
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedgraft_common.adapters import AdapterMethod, find_method
-from fedgraft_common.backbone import Backbone, Pooling, load_backbone
+from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
+from fedgraft_common.features import FeatureKind
 from fedgraft_common.messages import Tensors, TensorSpec
 from fedgraft_common.plan import Adapter, Plan
 
@@ -30,20 +31,27 @@ NORMALISATIONS_WITH_STATE = (nn.modules.batchnorm._BatchNorm,)
 
 
 class AdaptedBackbone(nn.Module):
-    """The frozen backbone with the plan's adapter, mapping inputs to one feature vector a record.
+    """The frozen backbone with the plan's adapter, mapping prepared inputs to features.
+
+    Args:
+        features: what the task's head gets: `pooled` (N, D), `tokens` (N, T, D) or `map`
+            (N, D, H, W).
 
     Attributes:
         adapter: the trained parameters by their PEFT name; these, and only these, travel.
         blocks: names of the backbone's blocks in order.
         adapted_blocks: those of them that carry an adapter.
         feature_dim: length D of a feature vector.
+        features: as given.
     """
 
-    def __init__(self, backbone: Backbone, adapter: Adapter, seed: int) -> None:
+    def __init__(
+        self, backbone: Backbone, adapter: Adapter, seed: int, features: FeatureKind = "pooled"
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.blocks = backbone.blocks
-        self.pooling = backbone.pooling
+        self.features = features
         self.adapted_blocks: tuple[str, ...] = ()
         self.peft: nn.Module = backbone.model
         self.adapter: dict[str, nn.Parameter] = {}
@@ -52,7 +60,7 @@ class AdaptedBackbone(nn.Module):
         self.set_modes()
         with torch.no_grad():
             example = backbone.example(2, torch.Generator().manual_seed(0))
-            self.feature_dim = int(self(example).shape[1])
+            self.feature_dim = int(self(*example).shape[2 if features == "tokens" else 1])
 
     def _attach(self, method: AdapterMethod, adapter: Adapter, seed: int) -> None:
         from peft import get_peft_model
@@ -100,9 +108,9 @@ class AdaptedBackbone(nn.Module):
             for name, parameter in self.adapter.items():
                 parameter.copy_(tensors[name])
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Features of prepared inputs: (N, C, H, W) float32 to (N, D) float32."""
-        return self.backbone.standardise(pool(self.peft(inputs), self.pooling))
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Features of prepared inputs (`Backbone.prepare`), float32."""
+        return self.backbone.features(self.peft, inputs, self.features)
 
     def save(self, directory: Path) -> None:
         """Writes the adapter in PEFT's own format; `PeftModel.from_pretrained` reads it."""
@@ -136,33 +144,6 @@ class AdaptedBackbone(nn.Module):
         return {spec.name: found[spec.name].float() for spec in self.schema}
 
 
-def pool(output: Any, pooling: Pooling | None) -> torch.Tensor:
-    """One feature vector a record from a model's output.
-
-    Args:
-        output: has `last_hidden_state` (N, tokens, D) or (N, D, H, W), maybe `pooler_output`.
-        pooling: None takes the model's own pooler if it has one, else the mean.
-
-    Returns:
-        (N, D) float32.
-
-    Raises:
-        AdapterError: the pooler is asked for and there is none.
-    """
-    pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
-    if pooling == "pooler" or (pooling is None and pooled is not None):
-        if pooled is None:
-            raise AdapterError(
-                "backbone.pooling", "pooler", "cls or mean: this model has no pooler",
-                "Choose another pooling.",
-            )  # fmt: skip
-        return pooled.flatten(1).float()
-    hidden: torch.Tensor = output.last_hidden_state
-    if hidden.dim() == 4:
-        return hidden.flatten(2).mean(dim=2).float()
-    return (hidden[:, 0] if pooling == "cls" else hidden.mean(dim=1)).float()
-
-
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silences two messages: BatchNorm is "unsupported" (see film.py), and a renamed property."""
@@ -172,14 +153,18 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def adapted_backbone(plan: Plan, directory: Path | None = None) -> AdaptedBackbone:
+def adapted_backbone(
+    plan: Plan, directory: Path | None = None, features: FeatureKind = "pooled"
+) -> AdaptedBackbone:
     """The model that a plan describes, with its initial adapter.
 
     Args:
         plan: any.
         directory: where its backbone lies, if not where the plan says; see `load_backbone`.
+        features: what the head of the site's task gets.
     """
-    return AdaptedBackbone(load_backbone(plan.backbone, directory), plan.adapter, plan.seed)
+    backbone = load_backbone(plan.backbone, directory)
+    return AdaptedBackbone(backbone, plan.adapter, plan.seed, features)
 
 
 def choose_blocks(layers: str | tuple[str, ...], blocks: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,64 +16,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
-from torch.nn import functional
 
 from fedgraft_common import plan as plans
 from fedgraft_common.errors import BackboneError
+from fedgraft_common.features import FeatureKind, Pooling, as_map, as_tokens, pool
 from fedgraft_common.manifest import check_directory
+from fedgraft_common.modality import Modality, Raw
+from fedgraft_common.preparations import ImagePreparation, Preparation
 
-Pooling = Literal["pooler", "cls", "mean"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-
-
-class Preprocessing(BaseModel):
-    """How an image becomes the backbone's input; constants are public, never from site data."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    channels: int = Field(ge=1, description="Colour channels.")
-    size: int = Field(ge=1, description="Side of the square input in pixels.")
-    mean: tuple[float, ...] = Field(description="Subtracted per channel, of values in [0, 1].")
-    std: tuple[PositiveFloat, ...] = Field(description="Divided by per channel.")
-
-    @model_validator(mode="after")
-    def _one_constant_per_channel(self) -> Preprocessing:
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean and std need {self.channels} values, one per channel")
-        return self
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Resizes and normalises.
-
-        Args:
-            images: (N, C, H, W) float32 in [0, 1]; one channel is repeated if more are needed.
-
-        Returns:
-            (N, channels, size, size) float32.
-        """
-        if images.shape[1] == 1 and self.channels > 1:
-            images = images.expand(-1, self.channels, -1, -1)
-        elif images.shape[1] != self.channels:
-            images = images.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
-        if images.shape[-2:] != (self.size, self.size):
-            images = functional.interpolate(
-                images, size=(self.size, self.size), mode="bilinear", antialias=True
-            )
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
-        return (images - mean) / std
 
 
 class Manifest(BaseModel):
@@ -84,7 +40,7 @@ class Manifest(BaseModel):
     name: str
     licence: str = "unknown"
     source: str | dict[str, Any] = "unknown"
-    preprocessing: Preprocessing
+    preprocessing: ImagePreparation
     pooling: Pooling | None = None
     blocks: tuple[str, ...] = ()
     feature_mean: tuple[float, ...] = ()
@@ -93,7 +49,11 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A loaded backbone: every parameter frozen, in eval mode, on the CPU."""
+    """A loaded backbone: every parameter frozen, in eval mode, on the CPU.
+
+    Attributes:
+        preparation: makes the model's inputs of raw records.
+    """
 
     model: nn.Module
     manifest: Manifest
@@ -101,6 +61,47 @@ class Backbone:
     pooling: Pooling | None
     blocks: tuple[str, ...]
     directory: Path
+    preparation: Preparation
+
+    @property
+    def modality(self) -> Modality:
+        """Which raw form the backbone wants; see `fedgraft_common.modality.FORMS`."""
+        return self.preparation.modality
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What the model calls its inputs, in the order of the prepared tensors."""
+        return self.preparation.input_names
+
+    def prepare(self, raw: Raw) -> tuple[torch.Tensor, ...]:
+        """The model's input tensors, N records first each, named by `input_names`.
+
+        Raises:
+            DataError: the records have not the form of `modality`.
+        """
+        return self.preparation(raw)
+
+    def example(self, records: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Synthetic prepared inputs, for checks without data."""
+        return self.preparation.example(records, generator)
+
+    def features(
+        self, model: nn.Module, inputs: tuple[torch.Tensor, ...], kind: FeatureKind = "pooled"
+    ) -> torch.Tensor:
+        """What a head gets: (N, D), (N, T, D) or (N, D, H, W) float32; see `features.py`.
+
+        Args:
+            model: this backbone's model, or the same with an adapter.
+            inputs: prepared.
+            kind: what the task needs.
+        """
+        named = dict(zip(self.input_names, inputs, strict=True))
+        output = model(**named)
+        if kind == "tokens":
+            return as_tokens(output)
+        if kind == "map":
+            return as_map(output)
+        return self.standardise(pool(output, self.pooling, named.get("attention_mask")))
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Features (N, D) in units of the backbone's own public training data.
@@ -113,12 +114,6 @@ class Backbone:
             return features
         mean = features.new_tensor(self.manifest.feature_mean)
         return (features - mean) / features.new_tensor(self.manifest.feature_std)
-
-    def example(self, records: int, generator: torch.Generator) -> torch.Tensor:
-        """Synthetic prepared inputs, (records, C, H, W) float32, for checks without data."""
-        prepare = self.manifest.preprocessing
-        shape = (records, prepare.channels, prepare.size, prepare.size)
-        return torch.randn(shape, generator=generator)
 
 
 def embedded_directory(name: str) -> Path:
@@ -164,7 +159,9 @@ def load_backbone(config: plans.Backbone, directory: Path | None = None) -> Back
     manifest = _manifest(directory, model)
     pooling: Pooling | None = manifest.pooling if config.pooling == "auto" else config.pooling
     blocks = manifest.blocks or find_blocks(model)
-    return Backbone(model, manifest, digest, pooling, blocks, directory)
+    return Backbone(
+        model, manifest, digest, pooling, blocks, directory, preparation=manifest.preprocessing
+    )
 
 
 def _directory(source: str) -> Path:
@@ -263,7 +260,7 @@ def _manifest(directory: Path, model: nn.Module) -> Manifest:
         ) from None
 
 
-def _processor_constants(directory: Path, model: nn.Module) -> Preprocessing:
+def _processor_constants(directory: Path, model: nn.Module) -> ImagePreparation:
     config: Any = model.config
     path = directory / "preprocessor_config.json"
     try:
@@ -274,7 +271,7 @@ def _processor_constants(directory: Path, model: nn.Module) -> Preprocessing:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     channels = int(getattr(config, "num_channels", 3))
-    return Preprocessing(
+    return ImagePreparation(
         channels=channels,
         size=int(size[0] if isinstance(size, list | tuple) else size),
         mean=tuple(processor.get("image_mean", [0.5] * channels)),

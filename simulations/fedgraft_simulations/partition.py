@@ -19,6 +19,7 @@ import torch
 
 from fedgraft_client.data import Records, load_arrays, number_units, to_images
 from fedgraft_common.errors import DataError, PlanError
+from fedgraft_common.modality import take
 from fedgraft_common.plan import Plan
 
 
@@ -156,7 +157,7 @@ def _share(
 
     def held(indices: torch.Tensor) -> Records:
         numbers = None if records.units is None else _numbered(records.units[indices])
-        return Records(records.images[indices], new_label[records.labels[indices]], numbers)
+        return Records(take(records.inputs, indices), new_label[records.labels[indices]], numbers)
 
     return Share(name, classes, held(train), held(test))
 

@@ -133,7 +133,7 @@ def _measured(sites: SimulatedSites, plan: Plan) -> list[Measured]:
     found = []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
         bench = site.runtime.workbench(plan)
-        found.append(Measured(site, share, bench.cache(share.test.images)))
+        found.append(Measured(site, share, bench.cache(share.test.inputs)))
     return found
 
 

@@ -39,7 +39,7 @@ def run(plan: Plan, directory: Path) -> dict[str, float]:
     trained, refitted = [], []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
         bench = site.runtime.workbench(plan)
-        test: Cached = bench.cache(share.test.images)
+        test: Cached = bench.cache(share.test.inputs)
         features = bench.features(adapter, test)
         trained.append(_accuracy(site.trained_head(plan), features, share.test))
         refitted.append(_accuracy(site.refit(plan, adapter), features, share.test))

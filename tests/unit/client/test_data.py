@@ -24,13 +24,18 @@ from fedgraft_common.errors import DataError
 CLASSES = ("ill", "well")
 
 
+def pixels(records: Records) -> torch.Tensor:
+    assert isinstance(records.inputs, torch.Tensor)
+    return records.inputs
+
+
 def records(count: int = 4) -> Records:
     return Records(torch.rand(count, 1, 8, 8), torch.arange(count) % 2)
 
 
 def spoilt(value: float) -> Records:
     broken = records()
-    broken.images[2, 0, 3, 3] = value
+    pixels(broken)[2, 0, 3, 3] = value
     return broken
 
 
@@ -55,16 +60,16 @@ REFUSED: list[tuple[str, Callable[[], Records], tuple[str, ...], list[str]]] = [
     ("label above", lambda: labelled(0, 7), CLASSES, ["7", "0 to 1", "ill, well", "label map"]),
     ("label below", lambda: labelled(0, -1), CLASSES, ["-1", "0 to 1", "label map"]),
     (
-        "three dimensions",
-        lambda: Records(torch.rand(4, 8, 8), torch.zeros(4, dtype=torch.int64)),
+        "one dimension",
+        lambda: Records(torch.rand(4), torch.zeros(4, dtype=torch.int64)),
         CLASSES,
-        ["(4, 8, 8)", "channels, height, width", "one image and one label"],
+        ["float32(4,)", "channels, height, width", "one of these forms"],
     ),
     (
         "fewer images than labels",
         lambda: Records(torch.rand(3, 1, 8, 8), torch.zeros(4, dtype=torch.int64)),
         CLASSES,
-        ["(3, 1, 8, 8)", "4 records", "one image and one label"],
+        ["3 records", "4, one for each label", "one input and one label"],
     ),
     (
         "a column of labels",
@@ -82,7 +87,7 @@ REFUSED: list[tuple[str, Callable[[], Records], tuple[str, ...], list[str]]] = [
         "images that are not float32",
         lambda: Records(torch.rand(4, 1, 8, 8).double(), torch.zeros(4, dtype=torch.int64)),
         CLASSES,
-        ["images", "float"],
+        ["inputs", "float64(4, 1, 8, 8)", "float32"],
     ),
     ("twice the same class", records, ("ill", "ill"), ["classes", "ill"]),
 ]

@@ -14,8 +14,9 @@ from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Prefix
 from fedgraft_client.runtime import SiteModel
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
-from fedgraft_common.backbone import Backbone, Manifest, Preprocessing
+from fedgraft_common.backbone import Backbone, Manifest
 from fedgraft_common.plan import Adapter, Plan
+from fedgraft_common.preparations import ImagePreparation
 
 LAYERS = {
     "vit": ["all", "last:1", "last:3", ["layers.1", "layers.3"]],
@@ -96,7 +97,7 @@ def test_cached_equals_uncached(
     prefix = Prefix(adapted_backbone(Plan().replace(changes)))
     assert prefix.reason is None
     assert prefix.door == prefix.model.adapted_blocks[0]
-    inputs = prefix.model.backbone.example(records, torch.Generator().manual_seed(4))
+    (inputs,) = prefix.model.backbone.example(records, torch.Generator().manual_seed(4))
     assert all(len(tensor) == records for tensor in prefix.compute(inputs))
     assert gap(prefix, inputs) < 1e-5
 
@@ -112,7 +113,7 @@ def test_what_is_cached_holds_no_adapter(sources: dict[str, str], name: str) -> 
         }
     )
     prefix = Prefix(adapted_backbone(plan))
-    inputs = prefix.model.backbone.example(3, torch.Generator().manual_seed(4))
+    (inputs,) = prefix.model.backbone.example(3, torch.Generator().manual_seed(4))
     first = prefix.compute(inputs)
     change(prefix.model)
     for before, after in zip(first, prefix.compute(inputs), strict=True):
@@ -125,7 +126,7 @@ def test_early_blocks_are_not_run_again(sources: dict[str, str], name: str) -> N
         {"backbone.source": sources[name], "adapter.method": "film", "adapter.layers": "last:1"}
     )
     prefix = Prefix(adapted_backbone(plan))
-    inputs = prefix.model.backbone.example(2, torch.Generator().manual_seed(4))
+    (inputs,) = prefix.model.backbone.example(2, torch.Generator().manual_seed(4))
     cached = prefix.compute(inputs)
     early = prefix._root().get_submodule(prefix.model.blocks[0])
     runs: list[nn.Module] = []
@@ -147,7 +148,7 @@ def test_a_head_only_plan_caches_features(vit_directory: Path) -> None:
         }
     )
     prefix = Prefix(adapted_backbone(plan))
-    inputs = prefix.model.backbone.example(3, torch.Generator().manual_seed(4))
+    (inputs,) = prefix.model.backbone.example(3, torch.Generator().manual_seed(4))
     (features,) = prefix.compute(inputs)
     assert prefix.door == "features"
     assert features.shape == (3, prefix.model.feature_dim)
@@ -178,8 +179,8 @@ class Toy(nn.Module):
         self.stem = nn.Linear(8, 6)
         self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
 
-    def forward(self, inputs: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.wired(inputs[:, 0]))
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.wired(pixel_values[:, 0]))
 
     def wired(self, rows: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = torch.tanh(self.stem(rows))
@@ -262,10 +263,10 @@ class Constant(Toy):
 
 def toy(model: Toy, layers: str = "last:1") -> Prefix:
     model.requires_grad_(False).eval()
-    constants = Preprocessing(channels=1, size=8, mean=(0.0,), std=(1.0,))
+    constants = ImagePreparation(channels=1, size=8, mean=(0.0,), std=(1.0,))
     manifest = Manifest(name="toy", preprocessing=constants)
     blocks = ("blocks.0", "blocks.1", "blocks.2")
-    backbone = Backbone(model, manifest, "", "mean", blocks, Path("toy"))
+    backbone = Backbone(model, manifest, "", "mean", blocks, Path("toy"), constants)
     return Prefix(AdaptedBackbone(backbone, Adapter(method="lora", rank=2, layers=layers), 0))
 
 

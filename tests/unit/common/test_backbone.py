@@ -17,7 +17,6 @@ from transformers import AutoModel
 
 from fedgraft_common.backbone import (
     Backbone,
-    Preprocessing,
     embedded_directory,
     find_blocks,
     load_backbone,
@@ -70,7 +69,7 @@ def test_every_weight_comes_from_the_file(directory: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         backbone = load(directory)
-        output = backbone.model(backbone.example(2, torch.Generator().manual_seed(0)))
+        output = backbone.model(*backbone.example(2, torch.Generator().manual_seed(0)))
         pooled = getattr(output, "pooler_output", None)
         features.append([output.last_hidden_state, *([] if pooled is None else [pooled])])
     assert all(torch.equal(one, other) for one, other in zip(*features, strict=True))
@@ -172,9 +171,9 @@ def test_manifest(copy: Path) -> None:
     backbone = load(copy)
     assert (backbone.manifest.name, backbone.pooling) == ("test", "mean")
     assert backbone.blocks == ("encoder.stages.2",)
-    prepared = backbone.manifest.preprocessing(torch.full((2, 1, 12, 12), 0.75))
+    (prepared,) = backbone.prepare(torch.full((2, 1, 12, 12), 0.75))
     assert torch.equal(prepared, torch.ones(2, 1, 12, 12))
-    assert backbone.example(5, torch.Generator()).shape == (5, 1, 12, 12)
+    assert backbone.example(5, torch.Generator())[0].shape == (5, 1, 12, 12)
 
 
 def test_plan_may_choose_another_pooling(copy: Path) -> None:
@@ -228,30 +227,6 @@ def test_broken_processor_file(copy: Path) -> None:
         load(copy)
 
 
-def test_one_channel_is_repeated() -> None:
-    prepare = Preprocessing(channels=3, size=4, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
-    grey = torch.rand(2, 1, 4, 4)
-    expected = torch.cat([grey, (grey - 0.5) / 0.5, (grey - 1.0) / 0.25], dim=1)
-    torch.testing.assert_close(prepare(grey), expected)
-
-
-def test_three_channels_stay_or_become_grey() -> None:
-    colour = torch.rand(2, 3, 4, 4)
-    assert torch.equal(
-        Preprocessing(channels=3, size=4, mean=(0, 0, 0), std=(1, 1, 1))(colour), colour
-    )
-    grey = Preprocessing(channels=1, size=4, mean=(0,), std=(1,))(colour)
-    torch.testing.assert_close(grey, colour.mean(dim=1, keepdim=True))
-
-
-@pytest.mark.parametrize("size", [8, 13])
-def test_resizing_keeps_a_constant_image(size: int) -> None:
-    prepare = Preprocessing(channels=1, size=size, mean=(0.5,), std=(0.25,))
-    prepared = prepare(torch.ones(3, 1, 10, 7))
-    assert prepared.shape == (3, 1, size, size)
-    torch.testing.assert_close(prepared, torch.full((3, 1, size, size), 2.0))
-
-
 # --- blocks
 
 
@@ -296,7 +271,7 @@ def test_embedded_backbone_is_what_its_manifest_says() -> None:
     manifest = json.loads((backbone.directory / "manifest.json").read_text(encoding="utf-8"))
     assert backbone.blocks == tuple(manifest["blocks"])
     assert sum(p.numel() for p in backbone.model.parameters()) == manifest["parameters"]
-    output = backbone.model(backbone.example(2, torch.Generator().manual_seed(0)))
+    output = backbone.model(*backbone.example(2, torch.Generator().manual_seed(0)))
     assert output.pooler_output.flatten(1).shape == (2, manifest["feature_dim"])
     assert manifest["licence"]
 

@@ -1,0 +1,87 @@
+"""What a backbone's output becomes before a head sees it.
+
+Shapes: N records, T tokens, D features, H x W cells of a feature map.
+
+| kind | shape | for |
+|---|---|---|
+| `pooled` | (N, D) | one answer a record |
+| `tokens` | (N, T, D) | one answer a token, step, box or query |
+| `map` | (N, D, H, W) | one answer a pixel |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from fedgraft_common.errors import AdapterError
+
+FeatureKind: TypeAlias = Literal["pooled", "tokens", "map"]
+Pooling: TypeAlias = Literal["pooler", "cls", "mean"]
+
+
+def pool(output: Any, pooling: Pooling | None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """One feature vector a record from a model's output.
+
+    Args:
+        output: has `last_hidden_state` (N, T, D) or (N, D, H, W), maybe `pooler_output`.
+        pooling: None takes the model's own pooler if it has one, else the mean.
+        mask: (N, T), not 0 where a token counts; the mean is over those, and the first of them is
+            the one that `cls` takes.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        AdapterError: the pooler is asked for and there is none.
+    """
+    pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
+    if pooling == "pooler" or (pooling is None and pooled is not None):
+        if pooled is None:
+            raise AdapterError(
+                "backbone.pooling", "pooler", "cls or mean: this model has no pooler",
+                "Choose another pooling.",
+            )  # fmt: skip
+        return pooled.flatten(1).float()
+    hidden: torch.Tensor = output.last_hidden_state
+    if hidden.dim() == 4:
+        return hidden.flatten(2).mean(dim=2).float()
+    counts = None if mask is None or mask.shape != hidden.shape[:2] else (mask != 0).float()
+    if pooling == "cls":
+        if counts is None:
+            return hidden[:, 0].float()
+        first = counts.argmax(dim=1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden.gather(1, first)[:, 0].float()
+    if counts is None:
+        return hidden.mean(dim=1).float()
+    total = (hidden.float() * counts[:, :, None]).sum(dim=1)
+    return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def as_tokens(output: Any) -> torch.Tensor:
+    """(N, T, D) float32: the model's tokens, or the cells of its map row by row."""
+    hidden: torch.Tensor = output.last_hidden_state
+    return (hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden).float()
+
+
+def as_map(output: Any) -> torch.Tensor:
+    """(N, D, H, W) float32: the model's map, or its patch tokens laid out in a square.
+
+    Raises:
+        AdapterError: the tokens, without a few at the front that stand for the whole, are not a
+            square.
+    """
+    hidden: torch.Tensor = output.last_hidden_state
+    if hidden.dim() == 4:
+        return hidden.float()
+    side = math.isqrt(hidden.shape[1])
+    if hidden.shape[1] - side**2 > 5:  # a class token, a distillation token, at most 4 registers
+        raise AdapterError(
+            "features", f"{hidden.shape[1]} tokens", "a map, or tokens of a square image",
+            "Choose a task for tokens or for whole records, or another backbone.",
+        )  # fmt: skip
+    patches = hidden[:, hidden.shape[1] - side**2 :]
+    cells: torch.Tensor = patches.transpose(1, 2).unflatten(2, (side, side))
+    return cells.float()
