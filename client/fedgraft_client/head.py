@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fedgraft_common.plan import Plan
+from fedgraft_common.task_spec import TaskSpec
 
-if TYPE_CHECKING:  # a task draws its prototypes here
+if TYPE_CHECKING:
     from fedgraft_client.tasks.task import Task
 
 
@@ -28,12 +28,17 @@ class LinearHead(nn.Module):
     Args:
         features: D.
         outputs: K.
-        task: whose loss it is trained with; None for the cross-entropy of K classes.
+        task: whose loss it is trained with; None: to tell K classes apart.
+
+    Attributes:
+        public: whether the weights are the backbone's own, which a refit leaves alone.
     """
+
+    public = False
 
     def __init__(self, features: int, outputs: int, task: Task | None = None) -> None:
         super().__init__()
-        self.task = task
+        self.task = task or _numbered_classes(outputs)
         self.linear = nn.Linear(features, outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -49,15 +54,18 @@ class LinearHead(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
 
+def _numbered_classes(count: int) -> Task:
+    from fedgraft_client.tasks import build_task  # which draws its prototypes here
+
+    return build_task(TaskSpec(classes=tuple(str(i) for i in range(max(count, 2)))))
+
+
 def initial_head(plan: Plan, classes: tuple[str, ...], features: int) -> LinearHead:
-    """The head a site starts a run with: zeros (private), or frozen prototypes (fixed)."""
-    head = LinearHead(features, len(classes))
-    if plan.head.training == "fixed":
-        weight = simplex_prototypes(plan.seed, classes, features) * plan.head.scale
-        with torch.no_grad():
-            head.linear.weight.copy_(weight)
-        head.requires_grad_(False)
-    return head
+    """The head a site that tells classes apart starts a run with; see `start_head`."""
+    from fedgraft_client.task_head import head_of_width
+    from fedgraft_client.tasks import build_task
+
+    return head_of_width(plan, build_task(TaskSpec(classes=classes)), features)
 
 
 def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> torch.Tensor:

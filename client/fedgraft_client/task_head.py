@@ -6,7 +6,6 @@ Shapes: N records, T tokens, D features, K outputs at a place, V tokens of a voc
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from fedgraft_client.head import LinearHead
 from fedgraft_client.tasks import Task
@@ -40,6 +39,8 @@ class MeanHead(LinearHead):
 
 class VocabularyHead(LinearHead):
     """Outputs (N, T, V) from tokens (N, T, D) as the language model itself makes them."""
+
+    public = True
 
     @staticmethod
     def normalise(features: torch.Tensor) -> torch.Tensor:
@@ -82,17 +83,26 @@ def start_head(plan: Plan, task: Task, adapted: AdaptedBackbone) -> LinearHead:
         PlanError: the plan's choice has no meaning for this task.
     """
     width = adapted.feature_dim
+    if isinstance(task, LanguageModelling) and plan.head.training == "fixed":
+        table = vocabulary_table(adapted).cpu()
+        return _frozen(empty_head(task, width, len(table)), table, torch.zeros(len(table)))
+    return head_of_width(plan, task, width)
+
+
+def head_of_width(plan: Plan, task: Task, features: int) -> LinearHead:
+    """The same, for tasks whose head is a function of the plan and of D alone.
+
+    Raises:
+        PlanError: the plan's choice has no meaning for this task.
+    """
     if plan.head.training == "private":
-        return empty_head(task, width)
-    if isinstance(task, LanguageModelling):
-        weight, scale = vocabulary_table(adapted).cpu(), 1.0
-        bias = torch.zeros(len(weight))
-    else:
-        (weight, bias), scale = task.prototype(plan.seed, width), plan.head.scale
-    head = empty_head(task, width, len(weight))
+        return empty_head(task, features)
+    weight, bias = task.prototype(plan.seed, features)
+    return _frozen(empty_head(task, features), weight * plan.head.scale, bias)
+
+
+def _frozen(head: LinearHead, weight: torch.Tensor, bias: torch.Tensor) -> LinearHead:
     with torch.no_grad():
-        head.linear.weight.copy_(weight * scale)
+        head.linear.weight.copy_(weight)
         head.linear.bias.copy_(bias)
-    frozen: nn.Module = head.requires_grad_(False)
-    assert isinstance(frozen, LinearHead)  # noqa: S101 - it is the same object
-    return frozen
+    return head.requires_grad_(False)

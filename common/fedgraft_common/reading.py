@@ -91,7 +91,7 @@ class Reading(BaseModel):
         default=(), description="Names of the columns of a CSV file without a first line of names."
     )
     missing: tuple[str, ...] = Field(
-        default=("", "?", "NA", "NaN", "nan", "null"),
+        default=("", "?", "NA", "NaN", "null"),
         description="Spellings of a missing value in a table.",
     )
     size: int | None = Field(

@@ -53,7 +53,7 @@ class Rows:
         self._parts.append(rows)
         self._held += rows.nbytes
         self._count += len(rows)
-        if self._held > self._limit or self._file is not None and self._held > 2**24:
+        if self._held > self._limit or (self._file is not None and self._held > 2**24):
             self._spill()
 
     def _spill(self) -> None:

@@ -1,4 +1,4 @@
-"""Ordered outcomes as a chain of yes-or-no questions: "further than k, having come to k?"
+"""Ordered outcomes as a chain of yes-or-no questions, whether a record went further than step k.
 
 What `ordinal` and `survival` share. Outputs (N, J) are log-odds of going on past each of J steps;
 an outcome that stopped at step j answers yes to the j questions before it and no to the j-th, and
@@ -22,9 +22,7 @@ def chain_loss(outputs: torch.Tensor, went: torch.Tensor, asked: torch.Tensor) -
         went: (N, J) 1 where the record went on.
         asked: (N, J) 1 where the question was asked of it.
     """
-    found = functional.binary_cross_entropy_with_logits(
-        outputs, went.to(outputs), reduction="none"
-    )
+    found = functional.binary_cross_entropy_with_logits(outputs, went.to(outputs), reduction="none")
     return (found * asked.to(outputs)).sum(dim=1)
 
 

@@ -48,6 +48,7 @@ class Detection:
 
     features: FeatureKind = "map"
     primary: ClassVar[str] = "mAP"
+    countable: ClassVar[bool] = False
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -160,9 +161,7 @@ class Detection:
             kind, cell = (chance > SURE).nonzero(as_tuple=True)
             scores = chance[kind, cell]
             kept = batched_nms(boxes[cell], scores, kind, OVERLAP)[:MOST]
-            found.append(
-                {"boxes": boxes[cell][kept], "scores": scores[kept], "labels": kind[kept]}
-            )
+            found.append({"boxes": boxes[cell][kept], "scores": scores[kept], "labels": kind[kept]})
         return found
 
     def scores(self, outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -205,7 +204,7 @@ class Detection:
 
 
 def _centres(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and y of the cells' centres, in cells: (P,) each, row by row."""
+    """The centres of the cells, x and y, in cells: (P,) each, row by row."""
     height, width = outputs.shape[-2:]
     rows = torch.arange(height, device=outputs.device) + 0.5
     columns = torch.arange(width, device=outputs.device) + 0.5

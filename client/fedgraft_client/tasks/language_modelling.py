@@ -33,7 +33,8 @@ class LanguageModelling:
     """
 
     features: FeatureKind = "tokens"
-    primary: ClassVar[str] = "log-likelihood"
+    primary: ClassVar[str] = "accuracy"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -80,13 +81,15 @@ class LanguageModelling:
         return labels
 
     def scores(self, outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """Mean log-likelihood of a token, and perplexity, over all records together."""
+        """Share of tokens that were the most probable ones, and perplexity; of all records."""
         from torchmetrics.functional.text import perplexity
 
-        if not (labels != IGNORED).any():
-            return {"log-likelihood": float("nan"), "perplexity": float("nan")}
+        known = labels != IGNORED
+        if not known.any():
+            return {"accuracy": float("nan"), "perplexity": float("nan")}
+        right = (outputs.argmax(dim=2) == labels)[known].double().mean()
         found = perplexity(outputs, labels, ignore_index=IGNORED)
-        return {"log-likelihood": -float(found.log()), "perplexity": float(found)}
+        return {"accuracy": float(right), "perplexity": float(found)}
 
     def correct(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The share of a record's tokens that were the most probable ones."""

@@ -31,6 +31,7 @@ class MultiLabel:
 
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "AUC"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec

@@ -40,6 +40,7 @@ class Ordinal:
 
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "kappa"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec

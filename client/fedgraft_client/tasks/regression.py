@@ -33,6 +33,7 @@ class Regression:
 
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "R2"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec

@@ -41,6 +41,7 @@ class Segmentation:
 
     features: FeatureKind = "map"
     primary: ClassVar[str] = "mean IoU"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec

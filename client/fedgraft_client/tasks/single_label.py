@@ -37,6 +37,7 @@ class SingleLabel:
 
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "accuracy"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec

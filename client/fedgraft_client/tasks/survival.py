@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -41,10 +42,11 @@ class Survival:
 
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "concordance"
+    countable: ClassVar[bool] = False
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         cuts = spec.cuts
-        if not cuts or cuts[0] <= 0 or any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+        if not cuts or cuts[0] <= 0 or any(a >= b for a, b in pairwise(cuts)):
             raise DataError(
                 "task: cuts", list(cuts), "rising times above zero",
                 "State the ends of the intervals, in the unit of the follow-up time.",

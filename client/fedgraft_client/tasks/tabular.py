@@ -13,9 +13,7 @@ from fedgraft_common.errors import DataError
 from fedgraft_common.task_spec import TaskSpec
 
 
-def tabular(
-    spec: TaskSpec, weights: Mapping[str, float] | None = None
-) -> SingleLabel | Regression:
+def tabular(spec: TaskSpec, weights: Mapping[str, float] | None = None) -> SingleLabel | Regression:
     """The task of a table.
 
     Raises:

@@ -43,6 +43,10 @@ class Task(Protocol):
         """The score by which methods are compared; larger is better."""
 
     @property
+    def countable(self) -> bool:
+        """Whether a record's answer can be more or less right: what `correct` says."""
+
+    @property
     def outputs(self) -> int:
         """K."""
 

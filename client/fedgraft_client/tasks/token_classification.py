@@ -41,6 +41,7 @@ class TokenClassification:
 
     features: FeatureKind = "tokens"
     primary: ClassVar[str] = "F1"
+    countable: ClassVar[bool] = True
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
