@@ -102,6 +102,10 @@ class Reading(BaseModel):
         "(shorter side to this length, then the middle), for images of different sizes. The "
         "backbone's manifest decides on the size that the model sees.",
     )
+    channels: Literal[1, 3] | None = Field(
+        default=None,
+        description="Grey (1) or colour (3) images, for folders that hold both. Absent: all alike.",
+    )
     bits: int | None = Field(
         default=None,
         ge=9,
