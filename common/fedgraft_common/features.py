@@ -60,10 +60,19 @@ def pool(output: Any, pooling: Pooling | None, mask: torch.Tensor | None = None)
     return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def as_tokens(output: Any) -> torch.Tensor:
-    """(N, T, D) float32: the model's tokens, or the cells of its map row by row."""
+def as_tokens(output: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, T, D) float32: the model's tokens, or the cells of its map row by row.
+
+    Args:
+        output: has `last_hidden_state` (N, T, D) or (N, D, H, W).
+        mask: (N, T), 0 where a token is padding, whose features become zeros.
+    """
     hidden: torch.Tensor = output.last_hidden_state
-    return (hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden).float()
+    if hidden.dim() == 4:
+        return hidden.flatten(2).transpose(1, 2).float()
+    if mask is not None and mask.shape == hidden.shape[:2]:
+        hidden = hidden * (mask != 0).to(hidden)[:, :, None]
+    return hidden.float()
 
 
 def as_map(output: Any) -> torch.Tensor:

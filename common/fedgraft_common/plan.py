@@ -30,6 +30,10 @@ from fedgraft_common.task_spec import TaskSpec
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
 MOST_STEPS = 100_000
+LATER_KEYS = {
+    "manifest_sha256": None, "weights": None, "options": {}, "preprocessing": {},
+    "modality": "auto",
+}  # fmt: skip
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
@@ -45,15 +49,37 @@ class Backbone(Section):
 
     source: str = Field(
         default="embedded:glyphs",
-        pattern=r"^((embedded|dir):.+|server:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})$",
+        pattern=r"^((embedded|dir|hf|timm|torchvision|cifar-resnet|tabular):.+"
+        r"|server:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})$",
         description="Where the model comes from: `embedded:NAME`, `dir:PATH` for a Hugging "
-        "Face directory (config.json and model.safetensors), or `server:NAME` from the "
-        "federation's backbone service, which needs `sha256`.",
+        "Face directory (config.json and model.safetensors), `hf:OWNER/NAME[@REVISION]` from the "
+        "hub's cache, `timm:NAME`, `torchvision:NAME`, `cifar-resnet:DEPTH`, "
+        "`tabular:WIDTHxDEPTH`, or `server:NAME` from the federation's backbone service, which "
+        "needs `sha256`.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="A local safetensors file to take the weights from, by the model's own names. "
+        "torchvision needs one; timm takes the hub's cache without.",
+    )
+    options: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict,
+        description="Keyword arguments of the model's constructor or configuration, e.g. "
+        "in_chans = 1 or img_size = 64 for timm, columns = 13 for a table.",
+    )
+    preprocessing: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict,
+        description="Public constants of the input in place of the backbone's own: size, mean, "
+        "std, order of an image; length of a text in tokens, of a sound in samples.",
+    )
+    modality: Literal["auto", "image", "text", "image-text"] = Field(
+        default="auto",
+        description="What a model with two towers, such as CLIP, is given; `auto` is images.",
     )
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="SHA-256 of model.safetensors in hexadecimal. A model with another hash is "
+        description="SHA-256 of the weights file in hexadecimal. A model with another hash is "
         "refused.",
     )
     manifest_sha256: str | None = Field(
@@ -467,8 +493,9 @@ class Plan(Section):
     def canonical(self) -> str:
         """The plan as sorted JSON without white space, without the simulation's tables."""
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
-        if self.backbone.manifest_sha256 is None:  # plans older than the key keep their hash
-            del document["backbone"]["manifest_sha256"]
+        for key, default in LATER_KEYS.items():  # plans older than a key keep their hash
+            if document["backbone"][key] == default:
+                del document["backbone"][key]
         if not self.training.class_weights:
             del document["training"]["class_weights"]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))

@@ -70,7 +70,7 @@ def _header(value: Any, folder: Path, tags: tuple[str, ...]) -> dict[str, str | 
         found = pydicom.dcmread(
             content_of(value, folder), stop_before_pixels=True, specific_tags=list(tags)
         )
-    except Exception:  # noqa: BLE001 - the reader of the pixels says what is wrong
+    except Exception:  # the reader of the pixels says what is wrong
         return dict.fromkeys(tags)
     return {tag: str(found[tag].value) if tag in found and found[tag].value else None
             for tag in tags}  # fmt: skip
@@ -106,7 +106,7 @@ class DicomReader:
                 file = pydicom.dcmread(source)
         except FileNotFoundError:
             raise Broken("no such file") from None
-        except Exception as error:  # noqa: BLE001 - whatever a damaged header does
+        except Exception as error:  # whatever a damaged header does
             raise Broken(f"not a DICOM file: {str(error).splitlines()[0]}") from None
         if "PixelData" not in file:
             what = file.get("Modality", "unknown modality")
@@ -117,7 +117,7 @@ class DicomReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 grey = self._grey(file)
-        except Exception as error:  # noqa: BLE001 - decoders fail in many ways
+        except Exception as error:  # decoders fail in many ways
             raise Broken(f"damaged pixels: {str(error).splitlines()[0]}") from None
         image = torch.from_numpy(np.ascontiguousarray(grey, dtype=np.float32))
         image = image[None] if image.dim() == 2 else image.permute(2, 0, 1).contiguous()

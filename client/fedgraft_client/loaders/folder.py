@@ -36,7 +36,9 @@ def open_folder(
         DataError: no such folder, no file in it, or metadata without `file_name`.
     """
     if not path.is_dir():
-        raise DataError(str(path), "no such folder", f"a folder of {media} files", "Check the path.")
+        raise DataError(
+            str(path), "no such folder", f"a folder of {media} files", "Check the path."
+        )
     for name in METADATA:
         if (path / name).is_file():
             return _described(path / name, reading, media)

@@ -65,9 +65,7 @@ def _streamed(kind: str, path: Path) -> Any:
     if not files or not Path(files[0]).is_file():
         raise FileNotFoundError("no such file")
     with tempfile.TemporaryDirectory() as cache:
-        return load_dataset(
-            kind, data_files=files, split="train", streaming=True, cache_dir=cache
-        )
+        return load_dataset(kind, data_files=files, split="train", streaming=True, cache_dir=cache)
 
 
 def _saved(path: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers
 from fedgraft_client.tasks.task import (
     Answer,
     Prototype,
@@ -49,6 +50,7 @@ class Detection:
     features: FeatureKind = "map"
     primary: ClassVar[str] = "mAP"
     countable: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -111,6 +113,35 @@ class Detection:
         found = sides.gather(1, at)[:, 0].clamp(min=1e-3).transpose(1, 2)
         chosen = labels[:, :, 0].gather(1, first).long()
         return found, chosen, inside.any(dim=1)
+
+    def read(self, written: Written) -> Labels:
+        """A column of {bbox, category}: lists of [x, y, width, height] in pixels and of classes.
+
+        That is how `datasets` writes COCO's boxes; `categories` and `label` are understood too.
+        """
+        labels = Labels(torch.zeros(len(written.columns[0]), self.spec.boxes, 5))
+        labels.values[:, :, 0] = -1
+        for i, value in enumerate(written.columns[0]):
+            if value is None:
+                labels.broken[i] = "no boxes; an image without any has empty lists"
+                continue
+            key = next((k for k in ("category", "categories", "label") if k in value), "category")
+            boxes, kinds = value.get("bbox", []), value.get(key, [])
+            if len(boxes) != len(kinds) or len(boxes) > self.spec.boxes:
+                labels.broken[i] = (
+                    f"{len(boxes)} boxes and {len(kinds)} classes; as many of both are needed, at "
+                    f"most task.boxes = {self.spec.boxes}"
+                )
+                continue
+            found, _, unknown = class_numbers(list(kinds), self.classes, written.names)
+            labels.note_unknown(i, unknown)
+            if boxes:
+                corners = _in_view(torch.tensor(boxes).float(), written.sizes[i], written.size)
+                seen = (corners[:, 2:] > corners[:, :2]).all(dim=1)  # not cut off with the margin
+                count = int(seen.sum())
+                labels.values[i, :count, 0] = torch.tensor(found).float()[seen]
+                labels.values[i, :count, 1:] = corners[seen]
+        return labels
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """Classes in range, boxes inside the image."""
@@ -201,6 +232,23 @@ class Detection:
             }
             for one in self._found(outputs)
         ]
+
+
+def _in_view(boxes: torch.Tensor, image: tuple[int, int], size: int | None) -> torch.Tensor:
+    """[x, y, width, height] in pixels as corners in shares of what is seen of the image.
+
+    Args:
+        boxes: (M, 4).
+        image: height and width in pixels.
+        size: the shorter side was brought to it and the middle square kept; None: all is seen.
+    """
+    height, width = image
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    seen_width, seen_height = (width, height) if size is None else (min(image), min(image))
+    left, up = (width - seen_width) / 2, (height - seen_height) / 2
+    corners = corners - torch.tensor([left, up, left, up])
+    scale = torch.tensor([seen_width, seen_height, seen_width, seen_height])
+    return (corners / scale).clamp(0, 1)
 
 
 def _centres(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

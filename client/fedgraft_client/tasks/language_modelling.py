@@ -17,10 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedgraft_client.tasks.reading import Labels, Written
 from fedgraft_client.tasks.task import IGNORED, Answer, Prototype, check_form, mean_over_places
 from fedgraft_common.adapted import AdaptedBackbone
+from fedgraft_common.backbone import Backbone
 from fedgraft_common.errors import DataError, PlanError
 from fedgraft_common.features import FeatureKind
+from fedgraft_common.modality import Raw
 from fedgraft_common.task_spec import TaskSpec
 
 
@@ -35,6 +38,7 @@ class LanguageModelling:
     features: FeatureKind = "tokens"
     primary: ClassVar[str] = "accuracy"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -60,6 +64,20 @@ class LanguageModelling:
             outputs.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         return mean_over_places(found, labels)
+
+    def read(self, written: Written) -> Labels:
+        """Nothing: the text is its own label."""
+        return Labels(torch.full((len(written.texts), 1), IGNORED))
+
+    def align(self, labels: torch.Tensor, inputs: Raw, backbone: Backbone) -> torch.Tensor:
+        """The token that follows, at each place."""
+        prepared = dict(zip(backbone.input_names, backbone.prepare(inputs), strict=True))
+        if "input_ids" not in prepared:
+            raise DataError(
+                "task: kind", "language-modelling", "a backbone that reads text",
+                "Choose another backbone, or another task.",
+            )  # fmt: skip
+        return next_tokens(prepared["input_ids"], prepared.get("attention_mask"))
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """Token numbers."""

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from fedgraft_client.head import orthogonal_prototypes
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers, numbers
 from fedgraft_client.tasks.task import Answer, Prototype, check_form, need_classes, weights_of
 from fedgraft_common.errors import DataError
 from fedgraft_common.features import FeatureKind
@@ -32,6 +33,7 @@ class MultiLabel:
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "AUC"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -52,6 +54,23 @@ class MultiLabel:
         """Mean over the classes of binary cross-entropy times the plan's weight."""
         found = functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
         return (found * outputs.new_tensor(self.weights)).mean(dim=1)
+
+    def read(self, written: Written) -> Labels:
+        """A column of 0 and 1 for each class, or one of lists of names (`a|b`, if it is text)."""
+        if len(written.columns) > 1 or self.outputs == 1:
+            return numbers(written.columns)
+        labels = Labels(torch.zeros(len(written.columns[0]), self.outputs))
+        for i, value in enumerate(written.columns[0]):
+            if value is None:
+                labels.broken[i] = "no label; an empty text or list means none of the classes"
+                continue
+            words = value.split("|") if isinstance(value, str) else list(value)
+            found, _, unknown = class_numbers(
+                [word for word in words if word != ""], self.classes, written.names
+            )
+            labels.values[i, [k for k in found if k >= 0]] = 1
+            labels.note_unknown(i, unknown)
+        return labels
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """A row of 0 and 1 for each record."""

@@ -15,6 +15,7 @@ import torch
 
 from fedgraft_client.head import orthogonal_prototypes
 from fedgraft_client.tasks.chain import chain_loss, even_odds, reached
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers
 from fedgraft_client.tasks.task import (
     Answer,
     Prototype,
@@ -41,6 +42,7 @@ class Ordinal:
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "kappa"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -68,6 +70,11 @@ class Ordinal:
         past = reached(outputs)
         ends = past.new_ones(len(past), 1), past.new_zeros(len(past), 1)
         return -torch.cat([ends[0], past, ends[1]], dim=1).diff(dim=1)
+
+    def read(self, written: Written) -> Labels:
+        """Classes of one column; see `class_numbers`."""
+        found, broken, unknown = class_numbers(written.columns[0], self.classes, written.names)
+        return Labels(torch.tensor(found), broken, unknown)
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """One class number for each record."""

@@ -45,6 +45,11 @@ class Labels:
     broken: dict[int, str] = field(default_factory=dict)
     unknown: dict[int, str] = field(default_factory=dict)
 
+    def note_unknown(self, record: int, found: Mapping[int, str]) -> None:
+        """Keeps the first of the values that one record has and the task does not know."""
+        for word in found.values():
+            self.unknown.setdefault(record, word)
+
 
 def class_numbers(
     values: list[Any], classes: tuple[str, ...], names: Mapping[str, str]

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from fedgraft_client.head import orthogonal_prototypes
+from fedgraft_client.tasks.reading import Labels, Written, numbers
 from fedgraft_client.tasks.task import Answer, Prototype, check_form
 from fedgraft_common.errors import DataError
 from fedgraft_common.features import FeatureKind
@@ -34,6 +35,7 @@ class Regression:
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "R2"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -73,6 +75,10 @@ class Regression:
         """Huber's loss in the public unit, mean over targets."""
         scaled = self._scaled(labels)
         return functional.huber_loss(outputs, scaled, reduction="none").mean(dim=1)
+
+    def read(self, written: Written) -> Labels:
+        """A column of numbers for each target."""
+        return numbers(written.columns)
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """A row of finite numbers for each record."""

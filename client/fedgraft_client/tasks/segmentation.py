@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from fedgraft_client.head import simplex_prototypes
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers
 from fedgraft_client.tasks.task import (
     IGNORED,
     Answer,
@@ -42,6 +43,7 @@ class Segmentation:
     features: FeatureKind = "map"
     primary: ClassVar[str] = "mean IoU"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -64,6 +66,33 @@ class Segmentation:
             _at(outputs, labels), labels, weights, ignore_index=IGNORED, reduction="none"
         )
         return mean_over_places(found, labels)
+
+    def read(self, written: Written) -> Labels:
+        """A column of mask images, whose grey values the label map names (or class numbers)."""
+        labels, masks = Labels(torch.empty(0)), []
+        for i, value in enumerate(written.columns[0]):
+            if written.mask is None or value is None:
+                labels.broken[i] = "no mask"
+                continue
+            try:
+                grey = written.mask(value)
+            except ValueError as error:
+                labels.broken[i] = f"mask: {error}"
+                continue
+            shades = grey.unique().tolist()
+            found, _, unknown = class_numbers(shades, self.classes, written.names)
+            labels.note_unknown(i, unknown)
+            numbers = torch.zeros(max(shades) + 1, dtype=torch.int64)
+            numbers[shades] = torch.tensor(found)
+            masks.append((i, numbers[grey]))
+        if masks:
+            labels.values = torch.full((len(written.columns[0]), *masks[0][1].shape), IGNORED)
+        for i, mask in masks:
+            if mask.shape == labels.values.shape[1:]:
+                labels.values[i] = mask
+            else:
+                labels.broken[i] = f"a mask of {tuple(mask.shape)} pixels; state data.size"
+        return labels
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """A class number, or `IGNORED`, for each pixel."""

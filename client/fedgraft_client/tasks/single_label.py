@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from fedgraft_client.head import simplex_prototypes
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers
 from fedgraft_client.tasks.task import (
     Answer,
     Prototype,
@@ -38,6 +39,7 @@ class SingleLabel:
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "accuracy"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -59,6 +61,11 @@ class SingleLabel:
         if set(self.weights) == {1.0}:
             return found
         return found * outputs.new_tensor(self.weights)[labels]
+
+    def read(self, written: Written) -> Labels:
+        """Classes of one column; see `class_numbers`."""
+        found, broken, unknown = class_numbers(written.columns[0], self.classes, written.names)
+        return Labels(torch.tensor(found), broken, unknown)
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """One class number for each record."""

@@ -23,6 +23,7 @@ import torch
 
 from fedgraft_client.head import orthogonal_prototypes
 from fedgraft_client.tasks.chain import chain_loss, even_odds, reached
+from fedgraft_client.tasks.reading import Labels, Written, as_word, numbers
 from fedgraft_client.tasks.task import Answer, Prototype, check_form, no_count
 from fedgraft_common.errors import DataError
 from fedgraft_common.features import FeatureKind
@@ -43,6 +44,7 @@ class Survival:
     features: FeatureKind = "pooled"
     primary: ClassVar[str] = "concordance"
     countable: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         cuts = spec.cuts
@@ -72,6 +74,12 @@ class Survival:
         begins = torch.cat([cuts.new_zeros(1), cuts[:-1]])
         ended_here = (time >= begins) & ~through & event
         return chain_loss(outputs, through, through | ended_here)
+
+    def read(self, written: Written) -> Labels:
+        """Two columns, time and event; the label map may say which words mean 1 and 0."""
+        time, event = written.columns
+        told = [v if v is None else written.names.get(as_word(v), as_word(v)) for v in event]
+        return numbers([time, told])
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """A time above zero and 0 or 1 for each record."""

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 
+from fedgraft_client.tasks.reading import Labels, Written
 from fedgraft_common.errors import DataError, PlanError
 from fedgraft_common.features import FeatureKind
 from fedgraft_common.task_spec import TaskSpec
@@ -47,6 +48,10 @@ class Task(Protocol):
         """Whether a record's answer can be more or less right: what `correct` says."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the labels: int64 or float32."""
+
+    @property
     def outputs(self) -> int:
         """K."""
 
@@ -59,6 +64,9 @@ class Task(Protocol):
 
     def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of each record, (N,)."""
+
+    def read(self, written: Written) -> Labels:
+        """Labels as they are written in a table, as the numbers that the loss takes."""
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """Refuses labels that are not this task's.

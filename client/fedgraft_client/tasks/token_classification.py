@@ -11,8 +11,10 @@ from typing import ClassVar
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from fedgraft_client.head import simplex_prototypes
+from fedgraft_client.tasks.reading import Labels, Written, class_numbers
 from fedgraft_client.tasks.single_label import class_scores
 from fedgraft_client.tasks.task import (
     IGNORED,
@@ -24,7 +26,9 @@ from fedgraft_client.tasks.task import (
     need_classes,
     weights_of,
 )
+from fedgraft_common.backbone import Backbone
 from fedgraft_common.features import FeatureKind
+from fedgraft_common.modality import Raw
 from fedgraft_common.task_spec import TaskSpec
 
 
@@ -42,6 +46,7 @@ class TokenClassification:
     features: FeatureKind = "tokens"
     primary: ClassVar[str] = "F1"
     countable: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def __init__(self, spec: TaskSpec, weights: Mapping[str, float] | None = None) -> None:
         self.spec = spec
@@ -64,6 +69,33 @@ class TokenClassification:
             outputs.transpose(1, 2), labels, weights, ignore_index=IGNORED, reduction="none"
         )
         return mean_over_places(found, labels)
+
+    def read(self, written: Written) -> Labels:
+        """A column of lists, one class for each word of the text or step of the series."""
+        rows, labels = [], Labels(torch.empty(0))
+        for i, value in enumerate(written.columns[0]):
+            tags = value.split() if isinstance(value, str) else list(value or ())
+            found, _, unknown = class_numbers(tags, self.classes, written.names)
+            labels.note_unknown(i, unknown)
+            words = len(written.texts[i].split(" ")) if written.texts else len(tags)
+            if len(tags) != words:
+                labels.broken[i] = f"{len(tags)} labels for {words} words"
+            rows.append(torch.tensor(found, dtype=torch.int64))
+        labels.values = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        return labels
+
+    def align(self, labels: torch.Tensor, inputs: Raw, backbone: Backbone) -> torch.Tensor:
+        """A word's label goes to its first token, the others are left out (Devlin et al. 2019)."""
+        if isinstance(inputs, torch.Tensor):
+            return labels
+        places = backbone.preparation.words(inputs)
+        found = torch.full(places.shape, IGNORED)
+        begins = torch.ones_like(places, dtype=torch.bool)
+        begins[:, 1:] = places[:, 1:] != places[:, :-1]
+        here = (places >= 0) & begins & (places < labels.shape[1])
+        row = torch.arange(len(places))[:, None].expand_as(places)
+        found[here] = labels[row[here], places[here]]
+        return found
 
     def check(self, labels: torch.Tensor, where: str) -> None:
         """A class number, or `IGNORED`, for each token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -261,12 +262,16 @@ class Constant(Toy):
         return hidden
 
 
+def read(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
+    return model(**named)
+
+
 def toy(model: Toy, layers: str = "last:1") -> Prefix:
     model.requires_grad_(False).eval()
     constants = ImagePreparation(channels=1, size=8, mean=(0.0,), std=(1.0,))
-    manifest = Manifest(name="toy", preprocessing=constants)
+    manifest = Manifest(name="toy")
     blocks = ("blocks.0", "blocks.1", "blocks.2")
-    backbone = Backbone(model, manifest, "", "mean", blocks, Path("toy"), constants)
+    backbone = Backbone(model, manifest, "", "mean", blocks, Path("toy"), constants, read)
     return Prefix(AdaptedBackbone(backbone, Adapter(method="lora", rank=2, layers=layers), 0))
 
 
