@@ -172,10 +172,10 @@ def read_site_file(path: Path) -> tuple[str, SiteFile]:
 
 def check_data(file: SiteFile, base: Path) -> tuple[str, Records]:
     """Records that can be trained on, and those held out; classes are another check."""
-    records = load_records(base / file.data.source, file.data.unit)
+    records = load_records(file, base)
     sets = [(records, file.name)]
     if file.data.held_out is not None:
-        held_out = load_records(base / file.data.held_out, file.data.unit)
+        held_out = load_records(file, base, file.data.held_out)
         sets.append((held_out, f"{file.name}, held out"))
     for found, where in sets:
         check_unlabelled(found, where)

@@ -5,7 +5,8 @@
 
     [data]
     name = "x-rays-2026"                 # one ledger for each data set
-    source = "train.npz"                 # arrays `images`, `labels` and, if need be, the unit
+    source = "imagefolder:train"         # or csv:, dicom:, parquet:, ...; a bare path is npz
+    label_map = { normal = "healthy", pneumonia = "ill" }
     unit = "patient_id"                  # what the promise protects; default: record
     nominal_size = 400                   # units, roughly; the server may learn it
 
@@ -29,11 +30,12 @@ from pydantic import Field, ValidationError, model_validator
 from fedgraft_client.policy import Policy
 from fedgraft_common.errors import PolicyError
 from fedgraft_common.plan import Section
+from fedgraft_common.reading import SOURCES, Reading
 from fedgraft_common.task_spec import TaskSpec
 
 
-class Data(Section):
-    """`[data]`: the site's own records."""
+class Data(Reading):
+    """`[data]`: the site's own records, and how they are read."""
 
     name: str = Field(
         default="data",
@@ -41,16 +43,19 @@ class Data(Section):
         description="The site's own name for this data set. Everything ever computed from it is "
         "in one ledger; a new name would start at zero and break the promise.",
     )
-    source: str = Field(description="npz file with arrays `images` and `labels`.")
+    source: str = Field(
+        description="KIND:PATH with one of the kinds " + ", ".join(SOURCES) + "; a bare path is "
+        "an npz file with arrays `images` and `labels`.",
+    )
     held_out: str | None = Field(
         default=None,
-        description="npz file of the same form, with records of other units: what a released "
+        description="A source of the same form, with records of other units: what a released "
         "evaluation counts.",
     )
     unit: str = Field(
         default="record",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="What the promise protects: `record`, or the array that says whose a record "
+        description="What the promise protects: `record`, or the column that says whose a record "
         "is, e.g. `patient_id`.",
     )
     nominal_size: int = Field(
