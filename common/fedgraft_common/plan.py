@@ -275,6 +275,22 @@ class Rounds(Section):
     )
 
 
+class SimulatedTask(TaskSpec):
+    """A task and the columns of the source that hold its answers."""
+
+    label: str | tuple[str, ...] | None = Field(
+        default=None, description="The column or columns of its labels; absent: `data.label`."
+    )
+    label_map: dict[str, str] = Field(
+        default_factory=dict, description="As `data.label_map`, for this task."
+    )
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task alone."""
+        return TaskSpec.model_validate(self.model_dump(exclude={"label", "label_map"}))
+
+
 class Data(Reading):
     """Simulation only: which records, and what each site is asked to predict."""
 
@@ -294,6 +310,11 @@ class Data(Reading):
     test_fraction: float = Field(
         default=0.2, gt=0, lt=1, description="Share of each site's records held out for testing."
     )
+    split: str | None = Field(
+        default=None,
+        description="Column that says `train` or `test` of each record. Absent: drawn from the "
+        "seed.",
+    )
     classes: tuple[str, ...] = Field(
         default=(),
         description="Names of the classes of the source, in order. Absent: the label numbers that "
@@ -304,7 +325,7 @@ class Data(Reading):
         description="Named groupings of the source's labels into classes, e.g. "
         "odd-even = [[1,3,5,7,9],[0,2,4,6,8]]; by number, or by name where `classes` has names.",
     )
-    tasks: dict[str, TaskSpec] = Field(
+    tasks: dict[str, SimulatedTask] = Field(
         default_factory=dict,
         description="Named tasks, given to the sites by `sites.tasks`; for anything but telling "
         "classes apart.",

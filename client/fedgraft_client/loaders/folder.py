@@ -56,7 +56,8 @@ def open_folder(
     def batches(wanted: tuple[str, ...]) -> Iterator[dict[str, list[Any]]]:
         for start in range(0, len(files), ROWS):
             part = files[start : start + ROWS]
-            yield {media: [str(file) for file in part], "label": [f.parent.name for f in part]}
+            names = [str(file.relative_to(path)) for file in part]
+            yield {media: names, "label": [file.parent.name for file in part]}
 
     return Table(str(path), (media, "label"), batches, path, media=media)
 

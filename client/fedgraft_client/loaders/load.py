@@ -51,7 +51,7 @@ class Loaded:
         broken: where, and why not, of the others.
         unknown: label values that the task does not know, and how often each occurs.
         columns: all columns of the source.
-        extra: the column that was asked for besides, one value for each record.
+        extra: columns that were asked for besides, one value for each record.
     """
 
     origin: str
@@ -60,7 +60,7 @@ class Loaded:
     broken: list[tuple[str, str]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     columns: tuple[str, ...] = ()
-    extra: list[Any] = field(default_factory=list)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def load(
@@ -70,7 +70,7 @@ def load(
     unit: str = "record",
     base: Path = Path(),
     scratch: Path | None = None,
-    extra: str | None = None,
+    extra: tuple[str, ...] = (),
 ) -> Loaded:
     """Reads a source that is whole, or of which broken records may be left out.
 
@@ -81,7 +81,7 @@ def load(
         unit: what the promise protects: `record`, or a column.
         base: what a relative path is relative to.
         scratch: where inputs too large for memory are kept; None for the system's place.
-        extra: a column to hand back with the records.
+        extra: columns to hand back with the records.
 
     Raises:
         DataError: it cannot be read, a column is missing, labels are outside the map, or records
@@ -121,7 +121,7 @@ def survey(
     unit: str = "record",
     base: Path = Path(),
     scratch: Path | None = None,
-    extra: str | None = None,
+    extra: tuple[str, ...] = (),
 ) -> Loaded:
     """The same, but broken records and unknown labels are told instead of refused.
 
@@ -166,7 +166,7 @@ class _Survey:
         task: Task,
         unit: str,
         scratch: Path | None,
-        extra: str | None,
+        extra: tuple[str, ...],
     ) -> None:
         self.table, self.reading, self.task = table, reading, task
         self.unit = None if unit == "record" else unit
@@ -180,7 +180,7 @@ class _Survey:
             self.label = ()
         table.need(self.label, "label")
         table.need((self.unit,) if self.unit else (), "unit")
-        table.need((extra,) if extra else (), "partition_by")
+        table.need(extra, "source")
         self.rows = Rows(scratch)
         self.texts: list[str] = []
         self.labels: list[torch.Tensor] = []
@@ -223,8 +223,7 @@ class _Survey:
 
     def run(self) -> Loaded:
         """Reads all rows."""
-        more = (self.unit, self.extra)
-        wanted = [*self._inputs(), *self.label, *(name for name in more if name)]
+        wanted = [*self._inputs(), *self.label, *self.extra, *([self.unit] if self.unit else [])]
         start = 0
         for batch in self.table.batches(tuple(dict.fromkeys(wanted))):
             count = len(next(iter(batch.values())))
@@ -278,8 +277,8 @@ class _Survey:
         if self.unit:
             names = [str(batch[self.unit][i]) for i in rows]
             self.units += [self.numbers.setdefault(name, len(self.numbers)) for name in names]
-        if self.extra:
-            self.found.extra += [batch[self.extra][i] for i in rows]
+        for name in self.extra:
+            self.found.extra.setdefault(name, []).extend(batch[name][i] for i in rows)
 
     def _written(
         self, batch: dict[str, list[Any]], inputs: Sequence[tuple[Any, ...]], good: list[int]

@@ -25,8 +25,8 @@ ARRAYS: dict[str, Modality] = {
 
 
 def load_npz(
-    path: Path, reading: Reading, task: Task, unit: str, extra: str | None = None
-) -> tuple[Modality, Records, tuple[str, ...], list[Any]]:
+    path: Path, reading: Reading, task: Task, unit: str, extra: tuple[str, ...] = ()
+) -> tuple[Modality, Records, tuple[str, ...], dict[str, list[Any]]]:
     """An npz file with one of `ARRAYS` and `labels`.
 
     Args:
@@ -34,7 +34,7 @@ def load_npz(
         reading: which arrays, if they are called otherwise.
         task: what the labels mean.
         unit: `record`, or the array that says whose a record is.
-        extra: an array to hand back.
+        extra: arrays to hand back.
 
     Returns:
         What a record is, the records, names of all arrays, and the values of `extra`.
@@ -47,14 +47,14 @@ def load_npz(
     label = reading.label if isinstance(reading.label, str) else reading.label[0]
     label = "labels" if label == "label" else label
     wants_label = task.spec.kind != "language-modelling"
-    wanted = [array, *[label] * wants_label, *[unit] * (unit != "record"), *[extra or ""]]
-    for name in filter(None, wanted):
+    wanted = [array, *[label] * wants_label, *[unit] * (unit != "record"), *extra]
+    for name in wanted:
         if name not in names:
             raise DataError(
                 f"{path}: {name}", "no such array", "one of " + ", ".join(names),
                 f"Write it with numpy.savez(path, {name}=..., ...), or name another.",
             )  # fmt: skip
-    arrays = load_arrays(path, tuple(filter(None, wanted)))
+    arrays = load_arrays(path, tuple(dict.fromkeys(wanted)))
     inputs = _inputs(arrays[array], modality, f"{path}: {array}")
     labels = torch.full((len(inputs), 1), IGNORED)
     if wants_label:
@@ -65,7 +65,7 @@ def load_npz(
             f"{path}: {unit}", f"{len(units)} identifiers", f"{len(inputs)}, one for each record",
             "Write one identifier for each record.",
         )  # fmt: skip
-    more = arrays[extra].tolist() if extra else []
+    more = {name: arrays[name].tolist() for name in extra}
     return modality, Records(inputs, labels, units), names, more
 
 

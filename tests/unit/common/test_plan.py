@@ -334,7 +334,7 @@ def test_every_field_is_described() -> None:
 def test_schema_refuses_unknown_keys_everywhere() -> None:
     schema = Plan.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert len(schema["$defs"]) == len(SECTIONS) + 2  # a column, and a task
+    assert len(schema["$defs"]) == len(SECTIONS) + 2  # a column, and a simulated task
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
 
 

@@ -98,11 +98,11 @@ TEXTS = [{"text": "Grüße, my card?", "label": "apple", "branch": "a"},
 def test_tables_of_texts(tmp_path: Path, kind: str, ending: str) -> None:
     file = write_table(tmp_path / f"données.{ending}", TEXTS)
     task = build_task(TaskSpec(classes=FRUIT))
-    found = load(f"{kind}:{file}", Reading(), task, extra="branch")
+    found = load(f"{kind}:{file}", Reading(), task, extra=("branch",))
     assert found.modality == "text"
     assert found.records.inputs == ["Grüße, my card?", "second\nline"]
     assert found.records.labels.tolist() == [0, 1]
-    assert found.extra == ["a", "b"]
+    assert found.extra == {"branch": ["a", "b"]}
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
