@@ -65,14 +65,16 @@ def as_tokens(output: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     """(N, T, D) float32: the model's tokens, or the cells of its map row by row.
 
     Args:
-        output: of the model.
-        mask: of a text; tokens that a prompt added in front are left out.
+        output: has `last_hidden_state` (N, T, D) or (N, D, H, W).
+        mask: (N, T) of a text, 0 where a token is padding, whose features become zeros; tokens
+            that a prompt added in front are left out.
     """
     hidden: torch.Tensor = output.last_hidden_state
     if hidden.dim() == 4:
         return hidden.flatten(2).transpose(1, 2).float()
-    if mask is not None and mask.dim() == 2 and mask.shape[1] < hidden.shape[1]:
+    if mask is not None and mask.dim() == 2 and mask.shape[1] <= hidden.shape[1]:
         hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]
+        hidden = hidden * (mask != 0).to(hidden)[:, :, None]
     return hidden.float()
 
 

@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -31,6 +31,8 @@ from pydantic import (
 )
 
 from fedgraft_common.errors import PlanError
+from fedgraft_common.reading import SOURCES, Reading
+from fedgraft_common.task_spec import TaskSpec
 
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
@@ -41,6 +43,7 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
         "modality": "auto",
     },
     "adapter": {"tokens": 8},
+    "training": {"class_weights": {}},
 }  # fmt: skip
 """Keys that came later, and their defaults: a plan without them keeps the hash it had."""
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
@@ -199,6 +202,11 @@ class Training(Section):
     head_learning_rate: float = Field(
         default=1.0, gt=0, le=1e4, description="SGD step size of a privately trained head."
     )
+    class_weights: dict[str, Annotated[float, Field(gt=0, le=1e3)]] = Field(
+        default_factory=dict,
+        description="Weight of a class in the loss, by name; 1 for others. Public and the plan's: "
+        "counted on a site's records, weights would tell how many it has of each.",
+    )
 
 
 class Privacy(Section):
@@ -290,22 +298,65 @@ class Rounds(Section):
     )
 
 
-class Data(Section):
+class SimulatedTask(TaskSpec):
+    """A task and the columns of the source that hold its answers."""
+
+    label: str | tuple[str, ...] | None = Field(
+        default=None, description="The column or columns of its labels; absent: `data.label`."
+    )
+    label_map: dict[str, str] = Field(
+        default_factory=dict, description="As `data.label_map`, for this task."
+    )
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task alone."""
+        return TaskSpec.model_validate(self.model_dump(exclude={"label", "label_map"}))
+
+
+class Data(Reading):
     """Simulation only: which records, and what each site is asked to predict."""
 
     source: str = Field(
         default="sklearn:digits",
-        pattern=r"^(sklearn:digits|npz:.+)$",
-        description="`sklearn:digits`, or `npz:PATH` with arrays `images` (records, height, "
-        "width[, channels]) and `labels` (records,).",
+        pattern=r"^(sklearn:digits|(" + "|".join(SOURCES) + r"):.+)$",
+        description="`sklearn:digits`, or KIND:PATH with one of the kinds "
+        + ", ".join(SOURCES)
+        + ". A path is relative to the directory where the simulation is started.",
+    )
+    test: str | None = Field(
+        default=None,
+        pattern=r"^(" + "|".join(SOURCES) + r"):.+$",
+        description="Records of the same form that every site is measured on. Absent: each site "
+        "holds `test_fraction` of its own back.",
     )
     test_fraction: float = Field(
         default=0.2, gt=0, lt=1, description="Share of each site's records held out for testing."
     )
-    label_sets: dict[str, tuple[tuple[int, ...], ...]] = Field(
+    split: str | None = Field(
+        default=None,
+        description="Column that says `train` or `test` of each record. Absent: drawn from the "
+        "seed.",
+    )
+    classes: tuple[str, ...] = Field(
+        default=(),
+        description="Names of the classes of the source, in order. Absent: the label numbers that "
+        "occur, which only a simulation may look at.",
+    )
+    label_sets: dict[str, tuple[tuple[int | str, ...], ...]] = Field(
         default_factory=dict,
         description="Named groupings of the source's labels into classes, e.g. "
-        "odd-even = [[1,3,5,7,9],[0,2,4,6,8]].",
+        "odd-even = [[1,3,5,7,9],[0,2,4,6,8]]; by number, or by name where `classes` has names.",
+    )
+    tasks: dict[str, SimulatedTask] = Field(
+        default_factory=dict,
+        description="Named tasks, given to the sites by `sites.tasks`; for anything but telling "
+        "classes apart.",
+    )
+    score: str = Field(
+        default="",
+        description="Which score the table compares, e.g. AUC. Empty, or unknown to a site's "
+        "task: the task's own.",
     )
 
 
@@ -321,10 +372,20 @@ class Sites(Section):
         description="Keyword arguments of the partitioner; num_partitions, partition_by and seed "
         "are filled in where it takes them.",
     )
+    partition_by: str = Field(
+        default="label",
+        description="Column that the partitioner looks at; with NaturalIdPartitioner, each of its "
+        "values is a site.",
+    )
     label_sets: tuple[str, ...] = Field(
         default=(),
         description="Names from data.label_sets, given to the sites in turn; empty: every site "
         "predicts all labels of the source.",
+    )
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Names from data.tasks, given to the sites in turn; empty: every site tells "
+        "classes apart.",
     )
 
 
@@ -422,6 +483,16 @@ class Plan(Section):
                     f"sites.label_sets names {name!r}, which data.label_sets does not define; "
                     f"defined: {', '.join(self.data.label_sets) or 'none'}"
                 )
+        for name in self.sites.tasks:
+            if name not in self.data.tasks:
+                raise ValueError(
+                    f"sites.tasks names {name!r}, which data.tasks does not define; defined: "
+                    f"{', '.join(self.data.tasks) or 'none'}"
+                )
+        if self.sites.tasks and self.sites.label_sets:
+            raise ValueError(
+                "sites.tasks and sites.label_sets both say what the sites predict; use one"
+            )
         return self
 
     @property

@@ -65,7 +65,9 @@ def _sites(key: str, directory: Path, device: str) -> tuple[Site, ...]:
     runtime, unit = Runtime(device), Plan.model_validate_json(key).privacy.unit
     return tuple(
         Site(
-            SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True),
+            SiteConfig(
+                share.name, share.classes, share.train.unit_count, simulated=True, task=share.spec
+            ),
             share.train,
             runtime,
             SiteStore(directory / share.name, durable=False, unit=unit),

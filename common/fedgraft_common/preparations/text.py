@@ -78,6 +78,33 @@ class TextPreparation(BaseModel):
         )  # fmt: skip
         return found["input_ids"], found["attention_mask"]
 
+    def words(self, raw: Raw) -> torch.Tensor:
+        """Which word each token belongs to: (N, length) int64, -1 for padding and marks.
+
+        Words are what single white spaces separate; they count from 0.
+
+        Raises:
+            DataError: no strings.
+            BackboneError: no tokenizer, or a slow one, which does not say where its tokens are.
+        """
+        if not fits(raw, "text"):
+            raise refused(raw, "text")
+        if not self.tokenizer.is_fast:
+            raise BackboneError(
+                str(self.directory), "a tokenizer that does not say where its tokens are",
+                "tokenizer.json, of a fast tokenizer", "Choose another backbone for this task.",
+            )  # fmt: skip
+        texts = [str(text) for text in raw]
+        found = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.length,
+            return_offsets_mapping=True, return_tensors="pt",
+        )  # fmt: skip
+        rows = [
+            [text.count(" ", 0, end - 1) if end > begin else -1 for begin, end in spans]
+            for text, spans in zip(texts, found["offset_mapping"].tolist(), strict=True)
+        ]
+        return torch.where(found["attention_mask"] != 0, torch.tensor(rows), -1)
+
     def example(self, records: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Synthetic texts of different lengths, as they come out of the tokenizer."""
         ids = torch.randint(0, self.vocabulary, (records, self.length), generator=generator)

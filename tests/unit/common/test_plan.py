@@ -42,6 +42,7 @@ CHANGES: dict[str, object] = {
     "adapter.targets": ["query"],
     "head.training": "private",
     "head.scale": 2.0,
+    "training.class_weights": {"ill": 2.0},
     "training.expected_batch": 12.0,
     "training.sample_rate": 0.5,
     "training.local_steps": 3,
@@ -334,7 +335,7 @@ def test_every_field_is_described() -> None:
 def test_schema_refuses_unknown_keys_everywhere() -> None:
     schema = Plan.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert len(schema["$defs"]) == len(SECTIONS)
+    assert len(schema["$defs"]) == len(SECTIONS) + 2  # a column, and a simulated task
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
 
 

@@ -17,7 +17,13 @@ from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.plan import Backbone as Config
 
-OPTIONS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+OPTIONS: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+}
 NAME = "vit_tiny_patch16_224"
 
 
