@@ -148,8 +148,8 @@ class DicomReader:
             shown = (values - edges.min()) / (edges.max() - edges.min())
         else:
             shown = (pixels.astype(np.float64) - low) / (high - low)
-        shown = shown.clip(0, 1)
-        return 1 - shown if kind == "MONOCHROME1" else shown
+        grey: NDArray[np.float64] = shown.clip(0, 1)
+        return 1 - grey if kind == "MONOCHROME1" else grey
 
 
 def _decoded_to_rgb(file: Any) -> bool:
