@@ -137,7 +137,7 @@ def place(tmp_path: Path, runtime: Runtime) -> Iterator[Place]:
 def request(site: Site, plan: Plan, number: int, kind: str = "evaluate") -> Message:
     TaskIdentity.run_id = TaskIdentity.task_id = 1
     TaskIdentity.node_id = 0
-    adapter = to_record(site.runtime.workbench(plan).initial)
+    adapter = to_record(site.bench(plan).initial)
     config = ConfigRecord({"plan": plan.canonical, "round": number})
     message = Message(RecordDict({"adapter": adapter, "plan": config}), 7, kind)
     message.metadata.__dict__["_message_id"] = "request"

@@ -110,7 +110,7 @@ def request(
 
 
 def initial(site: Site, plan: Plan) -> Tensors:
-    return site.runtime.workbench(plan).initial
+    return site.bench(plan).initial
 
 
 def status(reply: Message) -> str:
@@ -118,7 +118,7 @@ def status(reply: Message) -> str:
 
 
 def tensors(reply: Message, site: Site, plan: Plan) -> Tensors:
-    schema = site.runtime.workbench(plan).adapted.schema
+    schema = site.bench(plan).adapted.schema
     return from_record(reply.content.array_records["adapter"], schema)
 
 
@@ -178,7 +178,7 @@ def test_what_leaves_in_a_round(make_site: MakeSite, plan: Plan, mechanism: str,
     reply = site.answer(request(plan, 1, initial(site, plan)))
     assert site.last_error is None
     assert_says_only(reply, 1, Status.OK)
-    schema = site.runtime.workbench(plan).adapted.schema
+    schema = site.bench(plan).adapted.schema
     arrays = reply.content.array_records["adapter"]
     assert set(arrays) == {spec.name for spec in schema}
     for spec in schema:
@@ -509,9 +509,9 @@ def test_records_are_checked_when_a_site_is_made(runtime: Runtime, tmp_path: Pat
 
 def test_what_is_cached_is_computed_once(make_site: MakeSite, plan: Plan) -> None:
     site = make_site()
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     assert site.cached(bench) is site.cached(bench)
-    other = site.runtime.workbench(plan.replace({"seed": 5}))
+    other = site.bench(plan.replace({"seed": 5}))
     assert site.cached(other) is not site.cached(bench)
 
 
