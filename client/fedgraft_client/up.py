@@ -20,7 +20,7 @@ from fedgraft_client.app import client_app
 from fedgraft_client.backbone_fetch import Credentials, plan_backbone
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.connection import Dialler, FleetConnection
-from fedgraft_client.daemon import Daemon, Pace
+from fedgraft_client.daemon import Abandoned, Daemon, Pace
 from fedgraft_client.identity import Identity, load_identity, renew_if_due
 from fedgraft_client.monitoring import monitored
 from fedgraft_client.opening import open_site
@@ -154,3 +154,17 @@ def resident(
                 yield daemon
         finally:
             site.store.close()
+
+
+def run_until_stopped(site_file: Path, open_with: Callable[..., Site] = open_site) -> int:
+    """A daemon until SIGTERM or SIGINT; see `resident`.
+
+    Returns:
+        The process' exit code: 130 if a second SIGINT abandoned a round, else 0.
+    """
+    with resident(site_file, open_with) as daemon, daemon.signals():
+        try:
+            daemon.run()
+        except Abandoned:
+            return 130
+    return 0
