@@ -159,7 +159,7 @@ def test_counts_leave_with_noise_and_are_charged(place: Place, plan: Plan) -> No
     assert set(counts) == {"correct", "total"}
     assert counts["total"] != 8.0
     assert place.store.ledger.spent() == [SamplingEvent(1.0, 5.0, 1)]
-    body = place.store.ledger.entries()[1].body
+    body = place.store.ledger.entries()[2].body
     assert (body["purpose"], body["mechanism"], body["round"]) == ("evaluate", "local", 2)
 
 

@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft_client import site as site_module
 from fedgraft_client.data import Records
+from fedgraft_client.entry import Kind
 from fedgraft_client.ledger import Finished
 from fedgraft_client.policy import Policy
 from fedgraft_client.randomness import NoiseSource
@@ -520,7 +521,8 @@ def test_the_ledger_says_what_a_round_cost(make_site: MakeSite, plan: Plan) -> N
     update(site, plan, 1)
     step = site.step(plan)
     assert step.event is not None
-    reservation = site.store.ledger.entries()[1]
+    _, agreed, reservation, _ = site.store.ledger.entries()
+    assert agreed.body == {"plan": plan.hash, "run": plan.name, "by": "policy"}
     assert {k: v for k, v in reservation.body.items() if k != "nonce"} == {
         "run": plan.name, "plan": plan.hash, "round": 1, "purpose": "train",
         "mechanism": "local", "unit": "record", "shares": 1, "colluders": 0,
@@ -592,6 +594,8 @@ def test_an_approved_plan_is_answered(make_site: MakeSite, plan: Plan) -> None:
     waiting = site.store.directory / "plans" / f"{plan.hash}.json"
     waiting.with_suffix(".approved").touch()
     assert status(site.answer(message)) == Status.OK
+    said = [e.body["by"] for e in site.store.ledger.entries() if e.kind is Kind.APPROVE]
+    assert said == ["operator"]
     changed = plan.replace({"training.learning_rate": 2.0})
     message = request(changed, 2, initial(site, changed))
     assert status(site.answer(message)) == Status.APPROVAL

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,9 +79,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> ServerDirectory:
     with Registry(made.registry) as registry:
         for name in ("north", "south"):
             key = ec.generate_private_key(ec.SECP256R1()).public_key()
-            issue = partial(authority.issue_site, key=key, lifetime=dt.timedelta(1), now=utc_now())
-            invite = registry.invite(name, (), dt.timedelta(hours=1))
-            registry.join(invite, f"key of {name}", issue)
+            issued = authority.issue_site(name, key, dt.timedelta(1), utc_now())
+            secret = registry.invite(name, (), dt.timedelta(hours=1))
+            registry.join(secret, f"key of {name}", {name: issued}.__getitem__)
         registry.set_node_ids({"key of north": 11, "key of south": 12})
     return made
 
