@@ -29,14 +29,10 @@ def predict(
     from fedgraft_client.data import load_images
 
     found = prediction.predict(adapter, head, load_images(images), backbone)
-    best = found.probabilities.max(dim=1).values.tolist()
-    rows = [
-        {"record": i, "label": label, "probability": round(p, 6)}
-        for i, (label, p) in enumerate(zip(found.labels, best, strict=True))
-    ]
+    rows = [{"record": i, **answer} for i, answer in enumerate(found.answers)]
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    writer = csv.DictWriter(sys.stdout, ["record", "label", "probability"], lineterminator="\n")
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -5,6 +5,10 @@ a second before it looks again, and as long as it takes (up to hours) before it 
 replies; one site that died while it sent would hold up the round. Here a reply that is not complete
 is looked at again the next time, and nobody waits for it.
 
+Flower repeats a call that found no SuperLink until there is one. What the SuperLink had answered to
+the call that was lost, it counts as delivered: a reply that was in that answer never comes again by
+itself. So whoever asks here is told when a call was repeated, and asks the sites once more.
+
 `tests/unit/server/test_replies.py` pins every name used here to flwr 1.41.
 """
 
@@ -13,6 +17,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
 
 from flwr.app import Message
 from flwr.common.serde import message_from_proto
@@ -20,6 +26,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequ
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.retry import RetryInvoker, RetryState, exponential
 from flwr.superlink.grid import HttpGrid
 
 from fedgraft_common.errors import MessageError
@@ -32,6 +39,8 @@ from fedgraft_common.inflation import (
 )
 
 log = logging.getLogger(__name__)
+
+_RETRY: Final = 2  # seconds between two attempts to reach the SuperLink at most
 
 
 @dataclass(slots=True)
@@ -73,6 +82,14 @@ class Replies:
         self._grid = grid
         self._limits = limits or MessageLimits()
         self._arriving: dict[str, Arriving] = {}
+        self._interrupted = False
+        if isinstance(grid, HttpGrid):
+            self._watch(grid._retry_invoker)
+
+    def was_interrupted(self) -> bool:
+        """Whether the SuperLink was away for a moment since the last question."""
+        found, self._interrupted = self._interrupted, False
+        return found
 
     def collect(self, request_ids: Collection[str]) -> list[Message]:
         """The replies to these requests that are complete by now; each is returned once.
@@ -95,6 +112,19 @@ class Replies:
         for name, arriving in list(self._arriving.items()):
             if arriving.node == node:
                 del self._arriving[name]
+
+    def _watch(self, retry: RetryInvoker) -> None:
+        """Notes when a call was repeated; and repeats soon: the SuperLink is on this machine."""
+        on_success = retry.on_success
+
+        def note(state: RetryState) -> None:
+            if state.tries > 1:
+                self._interrupted = True
+            if on_success is not None:
+                on_success(state)
+
+        retry.on_success = note
+        retry.wait_gen_factory = partial(exponential, max_delay=_RETRY)
 
     def _announce(self, grid: HttpGrid, request_ids: list[str]) -> None:
         response = grid._runtime_client.PullMessages(

@@ -7,6 +7,7 @@ researcher only because a simulation owns all sites; in production none of it le
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -119,6 +120,12 @@ class Summary:
     deviation: float
 
 
+def mean(scores: Iterable[float]) -> float:
+    """Over the sites whose test records allow the score; NaN if none do."""
+    known = [score for score in scores if not math.isnan(score)]
+    return fmean(known) if known else math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class Study:
     """The same plan over several seeds; a single run is a study of one.
@@ -137,8 +144,8 @@ class Study:
         found = []
         for position, row in enumerate(self.comparisons[0].rows):
             rows = [comparison.rows[position] for comparison in self.comparisons]
-            means = [fmean(r.refit) for r in rows]
-            trained = [fmean(r.trained) for r in rows if r.trained]
+            means = [mean(r.refit) for r in rows]
+            trained = [mean(r.trained) for r in rows if r.trained]
             spread = stdev(means) if len(means) > 1 else 0.0
             delta = self.comparisons[0].plan.privacy.delta if 0 < row.epsilon < math.inf else 0.0
             found.append(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -17,6 +19,7 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.retry import RetryState
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -94,6 +97,9 @@ def test_flower_has_what_is_used_here() -> None:
         assert list(inspect.signature(getattr(RuntimeHttpClient, call)).parameters) == [
             "self", "request"
         ]  # fmt: skip
+    retry = grid._retry_invoker
+    assert {"on_success", "wait_gen_factory"} <= vars(retry).keys()
+    assert "tries" in {f.name for f in dataclasses.fields(RetryState)}
 
 
 def test_complete_replies_are_handed_over_once(api: Api, replies: Replies) -> None:
@@ -174,6 +180,28 @@ def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies:
     replies.forget(3)
     api.finish(slow)
     assert replies.collect([]) == []
+
+
+def test_a_call_that_was_repeated_is_noted_once(api: Api) -> None:
+    """Flower's own retries, with a SuperLink that is away for two calls."""
+    grid = HttpGrid(token="t")  # noqa: S106
+    replies = Replies(grid)
+    retry = grid._retry_invoker
+    waits: list[float] = []
+    retry.wait_function, retry.jitter = waits.append, None
+    away = [httpx.ConnectError("away")] * 4
+    assert retry.invoke(lambda: "answer") == "answer"
+    assert not replies.was_interrupted()
+
+    def call() -> str:
+        if away:
+            raise away.pop()
+        return "answer"
+
+    assert retry.invoke(call) == "answer"
+    assert replies.was_interrupted()
+    assert not replies.was_interrupted()
+    assert waits == [1, 2, 2, 2]
 
 
 def test_other_grids_are_asked_in_public() -> None:
