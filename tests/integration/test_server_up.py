@@ -375,7 +375,7 @@ def test_malformed_protobuf_hurts_nobody(server: Server, north: Identity) -> Non
 
 def test_revoked_while_the_server_runs(server: Server) -> None:
     west = server.federation.join("west")
-    server.wait_for("joined action=join site=west")
+    server.wait_for("joined  [action=join site=west]")
     time.sleep(0.5)
     subprocess.run(
         [sys.executable, "-c", COMMAND, "server", "revoke", "west",
