@@ -56,7 +56,7 @@ def federation(directory: Path, plan: Plan, seed: int) -> Iterator[tuple[Federat
         made.start_server()
         shares = partition(plan)
         for share in shares:
-            made.join(share.name, share.classes, share.train.unit_count, plan)
+            made.join(share, plan)
         files = [directory / s.name / "home" / "identity" / "federation.json" for s in shares]
         facts = [json.loads(file.read_text()) for file in files]
         with BadNetwork(facts[0]["gateway"], seed) as network:
