@@ -32,6 +32,7 @@ from flwr.clientapp import ClientApp
 from fedgraft_client.connection import Outgoing, RunOver
 from fedgraft_client.health import Health, State
 from fedgraft_common.errors import FedgraftError, MessageError
+from fedgraft_common.logs import about
 from fedgraft_common.messages import PLAN, ROUND, STATUS, Status, read_status, write_reply
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,8 @@ class Daemon:
         facts = {"run": run, "round": _asked_round(message), "site": self.name}
         log.info("received a request", extra={"action": "receive", **facts})
         began = self.clock()
-        reply = self._answer(message, connection.node_id)
+        with about(**facts):
+            reply = self._answer(message, connection.node_id)
         self._pending = connection.prepare(reply)
         status = read_status(reply)
         self.health.status = status.value

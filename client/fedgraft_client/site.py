@@ -242,7 +242,8 @@ class Site:
         except Exception as error:
             self.last_error, status = error, Status.FAILED
             log.debug("site %s, round %d", self.config.name, number, exc_info=True)
-        log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
+        facts = {"action": "refuse", "round": number or None, "site": self.config.name}
+        log.warning("%s: %s", status, self.last_error, extra=facts)
         return refuse(number, status)
 
     def _committed(self, output: str, number: int) -> str | None:
@@ -352,8 +353,9 @@ class Site:
                 "Nothing was spent. Ask for a plan that costs less, or allow partial runs.",
             )  # fmt: skip
         log.warning(
-            "site %s: the budget pays %d of %d rounds of %s; the site leaves after that",
-            self.config.name, rounds, plan.rounds.count, plan.name,
+            "the budget pays %d of %d rounds of %s; the site leaves after that",
+            rounds, plan.rounds.count, plan.name,
+            extra={"action": "budget", "site": self.config.name},
         )  # fmt: skip
 
     def cost(self, plan: Plan) -> Cost:

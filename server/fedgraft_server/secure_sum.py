@@ -123,11 +123,12 @@ class SecureSum:
         try:
             total = open_round.total()
         except AggregationError as error:
-            log.error("round %d is lost: %s", number, error, extra={"round": number})
+            log.error("lost: %s", error, extra={"action": "lose", "round": number})
             self._forget()
             return None
         for holder, dealer in total.wrong:
-            log.warning("round %d: a share of %s's from %s does not fit", number, dealer, holder)
+            facts = {"action": "refuse", "round": number, "site": holder}
+            log.warning("a share of %s's does not fit", dealer, extra=facts)
         return total
 
     # -- set-up
@@ -173,10 +174,14 @@ class SecureSum:
                 with _noted(SecureStep.SHARE, number, node):
                     server.add_sharing(Sharing.from_bytes(answer))
             if server.ready:
-                log.info("secure aggregation of %d sites from round %d", len(nodes), number)
+                facts = {"action": "set-up", "round": number}
+                log.info("secure aggregation of %d sites", len(nodes), extra=facts)
                 return _Setup(server, nodes)
             out |= {nodes[name] for name in server.missing}
-            log.warning("no shares from %s; a new set-up without them", sorted(server.missing))
+            log.warning(
+                "no shares from %s; a new set-up without them", sorted(server.missing),
+                extra={"action": "set-up", "round": number},
+            )  # fmt: skip
         raise _too_few("set-up", len(server.roster) - len(server.missing), len(server.roster))
 
     def _advertise(self, server: SecureServer, number: int, asked: Iterable[int]) -> dict[str, int]:
@@ -222,7 +227,8 @@ class SecureSum:
                 opened.add_input(names[node], to_vector(tensors, self._schema))
                 self._delivered.add(node)
             except FedgraftError as error:
-                log.warning("round %d, node %d: %s", number, node, error)
+                facts = {"action": "refuse", "round": number, "site": node}
+                log.warning("%s", error, extra=facts)
                 refused.append(str(error.value))
         if len(opened.inputs) < server.terms.needed:
             told = f" ({', '.join(sorted(set(refused)))})" if refused else ""
@@ -296,7 +302,8 @@ def _noted(step: str, number: int, node: int) -> Iterator[None]:
     try:
         yield
     except FedgraftError as error:
-        log.warning("%s in round %d, node %d: %s", step, number, node, error)
+        facts = {"action": "refuse", "round": number, "site": node}
+        log.warning("%s: %s", step, error, extra=facts)
 
 
 def _covers(server: SecureServer, number: int) -> bool:

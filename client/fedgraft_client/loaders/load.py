@@ -102,8 +102,11 @@ def load(
             "records that can be read", "Repair them, or set data.skip_broken = true to leave "
             "them out; `fedgraft data check` lists all.",
         )  # fmt: skip
-    for where, why in found.broken:
-        log.warning("left out: %s: %s", where, why)
+    if found.broken:  # a file's name or a wrong value is nothing for a log
+        log.warning(
+            "broken records are left out; `fedgraft data check` lists them",
+            extra={"action": "leave-out"},
+        )
     return found
 
 
