@@ -268,8 +268,8 @@ def not_covered_words(audit: Audit) -> list[str]:
         )
     if audit.parts:
         found.append(
-            "Real sites: this is a rehearsal of the plan on this machine, by the code that sites "
-            "run. A site's own ledger is audited with --ledger."
+            "Real sites: this is a rehearsal of the plan on one machine, by the code that sites "
+            "run. The ledger of a real site can be audited by itself."
         )
         found.append("What nobody has thought of: a test can refute a promise, and never prove it.")
     return found
