@@ -34,7 +34,7 @@ from fedgraft_simulations.federation.processes import COMMAND, Federation
 from fedgraft_simulations.partition import Share
 
 START = 90.0  # seconds for a server and a site to find each other
-RUN = 180.0  # seconds for all attempts
+RUN = 300.0  # seconds for all attempts
 
 
 def attack_processes(plan: Plan, share: Share, directory: Path) -> list[Finding]:

@@ -11,18 +11,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft_common.adapted import adapted_backbone
-from fedgraft_common.messages import read_status
+from fedgraft_common.messages import ADAPTER, read_status
+from fedgraft_common.packing import pack
 from fedgraft_server.app import read_run_config
 from fedgraft_server.settings import ServerDirectory
 from fedgraft_simulations.audit.hostile import Attempt, HostileServer
 
 JOB, ANSWERS = "job.json", "answers.json"
 PATIENCE = 120.0  # seconds for the answers to one batch of messages
-LEFT_OUT = ("5000 tensors",)  # ten thousand objects, each asked for by itself
+MANY = 1000  # tensors beyond which a message is not packed
+OF_EACH = 2  # attempts of each kind: a message takes seconds on a busy machine
 app = ServerApp()
 
 
@@ -46,17 +48,37 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def stages(server: HostileServer) -> list[list[Attempt]]:
-    """Batches of messages; the order within one does not matter."""
+    """Batches of messages, the first few of each kind; the order within one does not matter."""
     every = [
         server.before(), [server.honest(1)], server.again(), server.between(), server.greedy(),
         [server.honest(2)],
     ]  # fmt: skip
-    return [[a for a in stage if a.title not in LEFT_OUT] for stage in every]
+    return [few_of_each(stage) for stage in every]
+
+
+def few_of_each(stage: Sequence[Attempt]) -> list[Attempt]:
+    """The first attempts of each group."""
+    kept: dict[str, list[Attempt]] = {}
+    for attempt in stage:
+        kept.setdefault(attempt.group, []).append(attempt)
+    return [attempt for group in kept.values() for attempt in group[:OF_EACH]]
+
+
+def packed(content: RecordDict) -> RecordDict:
+    """The message as an honest server packs it, if its tensors can be packed."""
+    adapter = content.array_records.get(ADAPTER)
+    if adapter is None or len(adapter) > MANY:
+        return content
+    try:
+        package = pack(adapter)
+    except Exception:  # what is not an array travels as it is
+        return content
+    return RecordDict({ADAPTER: package, **{n: r for n, r in content.items() if n != ADAPTER}})
 
 
 def ask(grid: Grid, node: int, attempts: Sequence[Attempt]) -> list[str]:
     """Sends messages at once and waits for what the site answers; `none` where it does not."""
-    messages = [Message(a.content, node, a.kind) for a in attempts]
+    messages = [Message(packed(a.content), node, a.kind) for a in attempts]
     names = list(grid.push_messages(messages))
     answers: dict[str, str] = {}
     end = time.monotonic() + PATIENCE

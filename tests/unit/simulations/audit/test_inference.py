@@ -1,4 +1,4 @@
-"""Membership scores where the truth is known: a planted leak is found, and nothing where nothing is."""
+"""Membership scores where the truth is known: a planted leak is found, and nothing elsewhere."""
 
 from __future__ import annotations
 
