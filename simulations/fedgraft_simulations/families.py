@@ -529,9 +529,9 @@ FAMILIES: tuple[Family, ...] = (
         features="map",
     ),
     Family(
-        "FCN (torchvision)",
+        "DeepLab v3 (torchvision)",
         "image",
-        _torchvision("fcn_resnet50", 32),
+        _torchvision("deeplabv3_mobilenet_v3_large", 64),
         features="map",
     ),
     Family("tabular network", "tabular", _table),
