@@ -211,10 +211,11 @@ def _plan(account: Account) -> Iterator[Finding]:
         return
     if not mine:
         yield Finding(
-            f"The plan {plan.name} ({plan.hash[:12]}) was charged as it asks",
-            "this ledger holds no charge for it", "fail" if account.rehearsed else "info",
+            "The plan under audit was charged as it asks",
+            "this ledger holds no charge for it; name the plan that the site ran, to check it",
+            "fail" if account.rehearsed else "info",
             name="plan",
-        )  # fmt: skip
+        )
         return
     wrong = [fault for entry in mine for fault in _against_plan(entry, plan)]
     yield Finding(
