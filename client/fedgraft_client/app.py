@@ -15,7 +15,14 @@ from flwr.clientapp import ClientApp
 from fedgraft_client.egress import guard_package
 from fedgraft_client.site import Site
 from fedgraft_common.errors import MessageError
-from fedgraft_common.messages import ADAPTER, Status, write_counts, write_reply
+from fedgraft_common.messages import (
+    ADAPTER,
+    SecureStep,
+    Status,
+    write_counts,
+    write_reply,
+    write_secure,
+)
 from fedgraft_common.packing import is_packed, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -50,6 +57,15 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
     @app.query()
     def keep_final(message: Message, context: Context) -> Message:
         return answer(message, context, Site.keep_final, write_reply)
+
+    for step in SecureStep:
+
+        @app.query(step.value)
+        def secure(message: Message, context: Context, step: SecureStep = step) -> Message:
+            def ask(site: Site, message: Message) -> Message:
+                return site.secure(step, message)
+
+            return answer(message, context, ask, write_secure)
 
     return app
 

@@ -11,6 +11,7 @@ from fedgraft_client.data import Records
 from fedgraft_client.ledger import Ledger
 from fedgraft_client.loaders import load
 from fedgraft_client.runtime import Runtime
+from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import SiteFile, load_site_file
 from fedgraft_client.store import SiteStore
@@ -23,6 +24,7 @@ def open_site(
     path: Path,
     operator_key: Ed25519PublicKey | None = None,
     locate: Callable[[Plan], Path | None] = lambda _: None,
+    membership: Membership | None = None,
 ) -> Site:
     """The site that a site file describes, with real randomness and its own ledger.
 
@@ -32,6 +34,7 @@ def open_site(
         path: the site file.
         operator_key: signs the plans that are accepted.
         locate: fetches a plan's backbone; see `Runtime`.
+        membership: for secure aggregation.
 
     Raises:
         PolicyError: the site file is wrong.
@@ -56,7 +59,7 @@ def open_site(
         config = SiteConfig(file.name, file.spec.classes, size, task=file.spec)
         return Site(
             config, records, runtime, store, file.policy,
-            held_out=held_out, operator_key=operator_key,
+            held_out=held_out, operator_key=operator_key, membership=membership,
         )  # fmt: skip
     except BaseException:
         store.close()

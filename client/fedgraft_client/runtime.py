@@ -7,6 +7,7 @@ thousands, which share one backbone and lend it their adapter and head for the t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fedgraft_client.tasks import Task
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
 from fedgraft_common.errors import PlanError
 from fedgraft_common.features import FeatureKind
+from fedgraft_common.fixed_point import FixedPoint, fixed_point
 from fedgraft_common.messages import Tensors
 from fedgraft_common.modality import Raw, count, take
 from fedgraft_common.plan import Plan
@@ -162,6 +164,10 @@ class Workbench:
         model, engine = self._trainer
         model.head.load_state_dict(head.state_dict())
         return model, engine
+
+    def fixed_point(self, plan: Plan) -> FixedPoint:
+        """How this adapter's gradient sums become integers in secure aggregation."""
+        return fixed_point(plan, sum(math.prod(spec.shape) for spec in self.adapted.schema))
 
     def release(self) -> None:
         """Detaches the gradient engine; the next `trainer` checks and attaches one again."""

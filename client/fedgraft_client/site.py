@@ -24,7 +24,7 @@ from flwr.app import Message
 from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
-from fedgraft_client.egress import digest_counts, guard, guard_counts
+from fedgraft_client.egress import digest_counts, guard, guard_counts, guard_secure
 from fedgraft_client.entry import Charge, Purpose, evaluation_of
 from fedgraft_client.evaluation import exact_counts, noised
 from fedgraft_client.head import LinearHead
@@ -33,6 +33,7 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import BENCHES, Runtime, Workbench
+from fedgraft_client.secure_member import Membership, SecureMember
 from fedgraft_client.store import SiteStore
 from fedgraft_client.task_head import start_head
 from fedgraft_client.tasks import Task, build_task
@@ -55,6 +56,7 @@ from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
     Counts,
     Request,
+    SecureStep,
     Status,
     Tensors,
     check_range,
@@ -64,8 +66,10 @@ from fedgraft_common.messages import (
     to_record,
     write_counts,
     write_reply,
+    write_secure,
 )
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_common.secure_terms import context_of, masked_schema, to_tensors, to_vector
 from fedgraft_common.signing import check_signature
 from fedgraft_common.task_spec import TaskSpec
 
@@ -110,6 +114,7 @@ class Site:
         clock: local time.
         held_out: records of other units, counted by released evaluations.
         operator_key: the federation operator's; a plan without their signature is then refused.
+        membership: key and trust for secure aggregation; without it such plans are refused.
 
     Raises:
         DataError: the records cannot be used.
@@ -125,6 +130,7 @@ class Site:
         clock: Callable[[], datetime] = datetime.now,
         held_out: Records | None = None,
         operator_key: Ed25519PublicKey | None = None,
+        membership: Membership | None = None,
     ) -> None:
         task = build_task(config.spec, where=f"site {config.name}")
         check_records(records, task, config.name)
@@ -134,6 +140,7 @@ class Site:
         self.records = records
         self.held_out = held_out
         self.operator_key = operator_key
+        self.membership = membership
         self.runtime = runtime
         self.store = store
         self.policy = Policy() if policy is None and not config.simulated else policy
@@ -144,17 +151,20 @@ class Site:
         self._held_out_cache: tuple[Workbench, Cached] | None = None
         self._runs: dict[int, str] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
+        self._members: dict[str, SecureMember] = {}
 
     def answer(self, message: Message) -> Message:
         """The reply to one round's request: adapter, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
             bench = self.bench(plan)
-            adapter = self._adapter(request, bench)
-            update = to_record(self._round(bench, plan, step, request.round, adapter))
+            update = to_record(self._round(bench, plan, step, request))
             reply = write_reply(message, request.round, Status.OK, update)
             committed = self._committed(plan.hash, request.round)
-            return guard(reply, message, request.round, bench.adapted.schema, committed)
+            schema = bench.adapted.schema
+            if plan.secure:
+                schema = masked_schema(schema, bench.fixed_point(plan).bits)
+            return guard(reply, message, request.round, schema, committed)
 
         def refuse(number: int, status: Status) -> Message:
             return guard(write_reply(message, number, status), message, number)
@@ -174,6 +184,20 @@ class Site:
 
         def refuse(number: int, status: Status) -> Message:
             return guard_counts(write_counts(message, number, status), message, number)
+
+        return self._contain(message, work, refuse)
+
+    def secure(self, kind: SecureStep, message: Message) -> Message:
+        """The reply to a step of secure aggregation beside a round: its message, round, status."""
+
+        def work(request: Request, plan: Plan, step: StepNoise) -> Message:
+            member = self._member(plan, self.bench(plan))
+            answer = member.answer(kind, request.round, request.secure)
+            reply = write_secure(message, request.round, Status.OK, answer)
+            return guard_secure(reply, message, request.round, member.may_leave)
+
+        def refuse(number: int, status: Status) -> Message:
+            return guard_secure(write_secure(message, number, status), message, number)
 
         return self._contain(message, work, refuse)
 
@@ -277,11 +301,17 @@ class Site:
             PrivacyError: it cannot be met here.
             PolicyError: the site's own rules do not allow it, or it costs too much.
         """
-        if plan.privacy.mechanism != "local" and not self.config.simulated:
+        if plan.privacy.mechanism == "none" and not self.config.simulated:
             raise PrivacyError(
-                "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
-                "Without secure aggregation the server would see this site's own sum with "
-                "little noise or none; simulate the plan instead.",
+                "privacy.mechanism", "none", "local or distributed, at a site with real data",
+                "Only a simulation runs without DP.",
+            )  # fmt: skip
+        if plan.privacy.mechanism == "distributed" and not (plan.secure or self.config.simulated):
+            raise PrivacyError(
+                "privacy.secure_aggregation", plan.privacy.secure_aggregation,
+                "real, at a site with real data",
+                "The server would see this site's own sum with little noise; simulate the plan "
+                "instead.",
             )  # fmt: skip
         step = self.step(plan)
         task = self.task(plan)
@@ -339,9 +369,34 @@ class Site:
         unit_index(plan, self.records.units, self.config.name)  # refuses a column it lacks
         return step_noise(plan, self.config.nominal_size, self.config.name)
 
-    def _round(
-        self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
-    ) -> Tensors:
+    def _member(self, plan: Plan, bench: Workbench) -> SecureMember:
+        """This site in the plan's secure aggregation.
+
+        Raises:
+            MessageError: the plan has none.
+            PrivacyError: this site has no certificate.
+        """
+        if not plan.secure:
+            raise MessageError(
+                "request", "a step of secure aggregation", "none: the plan has no such mechanism",
+                "The server does not follow its own plan.",
+            )  # fmt: skip
+        if self.membership is None:
+            raise PrivacyError(
+                "privacy.secure_aggregation", "real", "summed, at a site without a certificate",
+                "Join a federation first: the certificate signs the site's keys.",
+            )  # fmt: skip
+        if plan.hash not in self._members:
+            while len(self._members) >= BENCHES:
+                self._members.pop(next(iter(self._members)))
+            field = bench.fixed_point(plan)
+            self._members[plan.hash] = SecureMember(
+                plan, field.length, field.bits, self.store.ledger, self.membership
+            )
+        return self._members[plan.hash]
+
+    def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
+        number, adapter = request.round, self._adapter(request, bench)
         head = self.start_head(plan)
         finished, update = self.store.last_round(plan, head)
         if number == finished:
@@ -356,6 +411,11 @@ class Site:
                 "adapter", "another start", "the initial adapter that the plan's seed gives",
                 "Server and site run different versions, or the server is not honest.",
             )  # fmt: skip
+        member = self._member(plan, bench) if plan.secure else None
+        if member is not None and request.secure:
+            member.accept(number, request.secure)
+        if member is not None:
+            member.check(number)
         noise = self._noise("round", plan, number)
         cached, labels = self.cached(bench), self.labels(bench)
         bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
@@ -372,7 +432,13 @@ class Site:
             if reservation is not None and noise.untouched:  # no batch was ever drawn
                 self.store.ledger.void(reservation)
             raise
-        self.store.save_round(plan, number, head, update, reservation)
+        state = None
+        if member is not None:
+            schema, context = bench.adapted.schema, context_of(plan, number, request.adapter)
+            values = bench.fixed_point(plan).encode(to_vector(update, schema), noise)
+            masked, state = member.mask(number, values, context)
+            update = to_tensors(masked, schema)
+        self.store.save_round(plan, number, head, update, reservation, state)
         return update
 
     def _counts(

@@ -163,7 +163,7 @@ def refit(
 
     plan, opened = load_plan(plan_file), open_site(site)
     try:
-        bench = opened.runtime.workbench(plan)
+        bench = opened.bench(plan)
         opened.refit(plan, bench.adapted.read(adapter) if adapter else opened.store.final(plan))
         sealed = opened.store.directory / plan.hash / "sealed.safetensors"
     finally:

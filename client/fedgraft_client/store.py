@@ -26,6 +26,7 @@ from fedgraft_common.errors import CheckpointError
 from fedgraft_common.files import load_tensors, save_tensors, write_atomically
 from fedgraft_common.messages import Tensors, digest, to_record
 from fedgraft_common.plan import Backbone, Plan
+from fedgraft_common.secure_aggregation import SiteState
 from fedgraft_common.task_spec import TaskSpec
 
 _HEAD, _REPLY = "head.", "reply."
@@ -62,7 +63,13 @@ class SiteStore:
         self.ledger.close()
 
     def save_round(
-        self, plan: Plan, number: int, head: LinearHead, reply: Tensors, reservation: int | None
+        self,
+        plan: Plan,
+        number: int,
+        head: LinearHead,
+        reply: Tensors,
+        reservation: int | None,
+        state: SiteState | None = None,
     ) -> None:
         """Keeps what a finished round left behind, before the reply is sent.
 
@@ -72,6 +79,7 @@ class SiteStore:
             head: the site's own, after the round.
             reply: what will leave.
             reservation: the ledger entry that charged for it; None without DP.
+            state: of secure aggregation, after this reply.
         """
         tensors = {_HEAD + name: value for name, value in head.state_dict().items()}
         tensors |= {_REPLY + name: value for name, value in reply.items()}
@@ -80,7 +88,7 @@ class SiteStore:
         if reservation is None:
             self.ledger.keep(plan.hash, number, seal, content)
         else:
-            self.ledger.commit(reservation, plan.hash, number, seal, content)
+            self.ledger.commit(reservation, plan.hash, number, seal, content, state)
 
     def last_round(self, plan: Plan, head: LinearHead) -> tuple[int, Tensors]:
         """Sets `head` to the stored one.

@@ -111,7 +111,12 @@ def resident(
     home = base / file.home
     identity = load_identity(home / "identity")
     with backbones(identity, home / "backbones") as locate:
-        site = open_with(site_file, operator_key=identity.operator_key, locate=locate)
+        site = open_with(
+            site_file,
+            operator_key=identity.operator_key,
+            locate=locate,
+            membership=identity.membership,
+        )
         try:
             daemon = Daemon(
                 file.name,

@@ -80,11 +80,12 @@ class Backbone:
         """
         named = dict(zip(self.input_names, inputs, strict=True))
         output = self.read(model, named)
+        mask = named.get("attention_mask")
         if kind == "tokens":
-            return as_tokens(output, named.get("attention_mask"))
+            return as_tokens(output, mask)
         if kind == "map":
             return as_map(output)
-        return self.standardise(pool(output, self.pooling, named.get("attention_mask")))
+        return self.standardise(pool(output, self.pooling, mask))
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Features (N, D) in units of the backbone's own public training data.

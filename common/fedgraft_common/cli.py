@@ -33,6 +33,10 @@ COMMANDS = {
     "simulate": Command(
         "fedgraft_simulations.cli", "Run a plan on this machine, beside the alternatives."
     ),
+    "audit": Command(
+        "fedgraft_simulations.audit_cli",
+        "Check and attack a plan; a signed report says what holds.",
+    ),
     "plan": Command("fedgraft_common.plan_cli", "Check a plan, or print its schema."),
     "run": Command("fedgraft_server.run_cli", "Start a run on this server.", "run_app"),
     "runs": Command("fedgraft_server.run_cli", "List the runs of this server.", "runs_app"),

@@ -16,10 +16,12 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
+    ├── AggregationError  a secure sum that cannot be finished
     ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
-    └── ServerError       the federation server's directory, ports or processes
+    ├── ServerError       the federation server's directory, ports or processes
+    └── AuditError        an audit's report: missing, altered, or signed by somebody else
 
 Each one says the same four things, so that whoever reads it (a researcher, a hospital's
 IT person) knows what to do next: the field or file, the value found, what is allowed, and
@@ -111,6 +113,10 @@ class MessageError(FedgraftError):
     """A message does not follow the protocol."""
 
 
+class AggregationError(FedgraftError):
+    """A secure sum cannot be finished; no site's input has been revealed."""
+
+
 class LinkError(FedgraftError):
     """A site cannot reach the server, or the server does not let it in."""
 
@@ -125,3 +131,7 @@ class IdentityError(FedgraftError):
 
 class ServerError(FedgraftError):
     """The federation server cannot be set up or cannot run."""
+
+
+class AuditError(FedgraftError):
+    """An audit's report is missing, was altered, or is signed by somebody else."""

@@ -21,7 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedgraft_common.errors import PlanError
 from fedgraft_common.reading import SOURCES, Reading
@@ -30,10 +37,16 @@ from fedgraft_common.task_spec import TaskSpec
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
 MOST_STEPS = 100_000
-LATER_KEYS = {
-    "manifest_sha256": None, "weights": None, "options": {}, "preprocessing": {},
-    "modality": "auto",
+LATER_KEYS: dict[str, dict[str, Any]] = {
+    "backbone": {
+        "manifest_sha256": None, "weights": None, "options": {}, "preprocessing": {},
+        "modality": "auto",
+    },
+    "adapter": {"tokens": 8},
+    "training": {"class_weights": {}},
+    "privacy": {"secure_aggregation": "real"},
 }  # fmt: skip
+"""Keys that came later, and their defaults: a plan without them keeps the hash it had."""
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
@@ -88,10 +101,11 @@ class Backbone(Section):
         description="SHA-256 of the backbone's signed manifest in hexadecimal. It fixes every "
         "file, configuration and preprocessing included, not only the weights.",
     )
-    pooling: Literal["auto", "pooler", "cls", "mean"] = Field(
+    pooling: Literal["auto", "pooler", "cls", "last", "mean"] = Field(
         default="auto",
         description="How the output becomes one feature vector per record. `auto` takes the "
-        "manifest's choice, else the model's own pooler, else the mean over tokens.",
+        "manifest's choice, else the model's own pooler, else the mean over tokens; `cls` and "
+        "`last` take the first and the last token.",
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -111,12 +125,17 @@ class Adapter(Section):
 
     method: str = Field(
         default="ffa-lora",
-        description="`ffa-lora` (A frozen and public, B trained), `lora`, `film` (scale and shift "
-        "of normalisation layers) or `none` (head only).",
+        description="`ffa-lora` (A frozen and public, B trained), `lora`, `dora`, `ia3`, `film` "
+        "(scale and shift of normalisation layers), `ln-tuning` (layer normalisations only), "
+        "`prompt` and `prefix` (language models), `full` (every weight of the chosen blocks), or "
+        "`none`, also called `feature-extraction` (head only).",
     )
     rank: int = Field(default=8, ge=1, le=1024, description="LoRA rank r (dimensionless).")
     alpha: float = Field(
         default=16.0, gt=0, description="LoRA scaling numerator; the update is alpha/r * B A."
+    )
+    tokens: int = Field(
+        default=8, ge=1, le=1024, description="Virtual tokens of `prompt` and `prefix`."
     )
     layers: Literal["all"] | str | tuple[str, ...] = Field(
         default="all",
@@ -127,6 +146,11 @@ class Adapter(Section):
         description="Name endings of the modules adapted inside those blocks; `auto` takes every "
         "linear and convolution layer (LoRA) or every normalisation layer (FiLM).",
     )
+
+    @field_validator("method")
+    @classmethod
+    def _one_name(cls, method: str) -> str:
+        return "none" if method == "feature-extraction" else method
 
 
 class Head(Section):
@@ -217,6 +241,11 @@ class Privacy(Section):
         description="Records of one unit used in one step at most, chosen afresh each time; the "
         "unit's gradient is their average. It does not change epsilon. Without a column it has no "
         "meaning.",
+    )
+    secure_aggregation: Literal["real", "summed"] = Field(
+        default="real",
+        description="Distributed mechanism: `real` hides every summand behind masks, as a "
+        "federation needs it; `summed` adds in the open, in a simulation only.",
     )
     tolerated_dropouts: int = Field(
         default=0, ge=0, description="Sites that may be missing from a distributed step."
@@ -473,6 +502,13 @@ class Plan(Section):
         return self
 
     @property
+    def secure(self) -> bool:
+        """Whether sites send masked integers, of which only the sum can be read."""
+        return self.privacy.mechanism == "distributed" and (
+            self.privacy.secure_aggregation == "real"
+        )
+
+    @property
     def steps(self) -> int:
         """T: DP-SGD steps of the whole run, the number that is accounted."""
         return self.rounds.count * self.training.local_steps
@@ -514,11 +550,10 @@ class Plan(Section):
     def canonical(self) -> str:
         """The plan as sorted JSON without white space, without the simulation's tables."""
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
-        for key, default in LATER_KEYS.items():  # plans older than a key keep their hash
-            if document["backbone"][key] == default:
-                del document["backbone"][key]
-        if not self.training.class_weights:
-            del document["training"]["class_weights"]
+        for section, keys in LATER_KEYS.items():
+            for key, default in keys.items():
+                if document[section][key] == default:
+                    del document[section][key]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

@@ -26,8 +26,9 @@ from fedgraft_client.site import Site
 from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.errors import CheckpointError, MessageError
 from fedgraft_common.files import write_atomically
-from fedgraft_common.messages import Tensors
+from fedgraft_common.messages import Tensors, TensorSpec
 from fedgraft_common.plan import Mechanism, Plan
+from fedgraft_common.secure_terms import masked_schema
 from fedgraft_server.federation import RoundSummary, server_app
 from fedgraft_simulations.alone import fit_alone, train_alone
 from fedgraft_simulations.centre import Centre, pooled
@@ -131,11 +132,17 @@ def simulate(
         plan=plan,
         sites=tuple(_facts(m, plan) for m in measured),
         rows=table,
-        sent=tuple(Tensor(s.name, s.shape, s.dtype, s.bytes) for s in bench.adapted.schema),
+        sent=tuple(Tensor(s.name, s.shape, s.dtype, s.bytes) for s in _sent(plan, bench)),
         notes=_notes(plan, bench, engine),
         seconds=time.perf_counter() - started,
         score=run.score,
     )
+
+
+def _sent(plan: Plan, bench: Workbench) -> tuple[TensorSpec, ...]:
+    """The tensors that a site sends in a round."""
+    schema = bench.adapted.schema
+    return masked_schema(schema, bench.fixed_point(plan).bits) if plan.secure else schema
 
 
 def _refuse_other_data(plan: Plan, file: Path) -> None:
@@ -270,8 +277,7 @@ class _Run:
             self._score(m, m.site.refit(plan, adapter), features[id(m.test)]) for m in self.measured
         ]
         epsilon = worst.epsilon(plan.privacy.delta)
-        schema = self.measured[0].bench.adapted.schema
-        size = sum(spec.bytes for spec in schema)
+        size = sum(s.bytes for s in _sent(plan, self.measured[0].bench))
         return Row(
             mechanism, TITLES[mechanism], epsilon, tuple(refitted), tuple(trained),
             tuple(curve), size,
@@ -291,7 +297,7 @@ class _Run:
             final[:] = [summary.adapter]
             on_round(summary)
 
-        server = server_app(plan, directory, note, durable=False)
+        server = server_app(plan, directory, note, durable=False, trust=self.sites.trust)
         app = client_app(centre or self.sites)
         if self.engine == "flower" and centre is None:
             from fedgraft_simulations.ray_engine import run_on_ray
@@ -384,7 +390,12 @@ def _notes(plan: Plan, bench: Workbench, engine: Engine) -> tuple[str, ...]:
         "Noise and sampling came from the plan's seed, so that the run can be repeated: the "
         "simulation itself protects nobody. A site daemon draws from the operating system.",
     ]
-    if plan.privacy.mechanism == "distributed":
+    if plan.secure:
+        notes.append(
+            "The sites' sums were encoded, masked and added by the secure aggregation that a "
+            "federation uses, over all its messages, with throwaway keys."
+        )
+    elif plan.privacy.mechanism == "distributed":
         notes.append(
             "The simulation summed the sites' updates in place. The promise of the distributed "
             "mechanism holds where secure aggregation hides each summand; no cryptography ran here."

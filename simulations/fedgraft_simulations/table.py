@@ -201,6 +201,11 @@ def promise(study: Study) -> list[tuple[str, str]]:
 def _trust(study: Study) -> str:
     comparison = study.comparisons[0]
     privacy = comparison.plan.privacy
+    carried = (
+        "Here it ran as in a federation, with throwaway keys."
+        if comparison.plan.secure
+        else "This simulation summed in place, without the cryptography."
+    )
     if privacy.mechanism == "local":
         return "Local: every update is private on its own. It trusts nobody."
     sites = comparison.plan.aggregation.sites or len(comparison.sites)
@@ -209,8 +214,7 @@ def _trust(study: Study) -> str:
         "Distributed: each site adds a share of the noise, and only the sum over sites is "
         f"private. Against the server, the promise rests on h = {honest} of {sites} sites being "
         f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
-        "colluders tolerated) and on secure aggregation, which must reveal only the sum. This "
-        "simulation summed in place, without the cryptography."
+        "colluders tolerated) and on secure aggregation, which reveals only the sum. " + carried
     )
 
 

@@ -86,7 +86,7 @@ def answer(home: Path, rounds: int, kill: int | None, distinct: bool, bench: Wor
 
     site_module.train_round = touched  # type: ignore[attr-defined]
     plan = load_plan(home / "plan.toml")
-    Runtime.workbench = lambda self, plan: bench  # type: ignore[method-assign]
+    Runtime.workbench = lambda self, plan, features="pooled": bench  # type: ignore[method-assign]
     sys.settrace(trace)
     try:
         site = open_site(home / "site.toml")

@@ -63,11 +63,15 @@ class Server:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
-    def superlink(self) -> psutil.Process:
-        """The child."""
-        (child,) = psutil.Process(self.process.pid).children()
-        assert "flower-superlink" in " ".join(child.cmdline())
+    def child(self, program: str) -> psutil.Process:
+        """`flower-superlink` or `flower-superexec`."""
+        children = psutil.Process(self.process.pid).children()
+        (child,) = [c for c in children if program in " ".join(c.cmdline())]
         return child
+
+    def superlink(self) -> psutil.Process:
+        """The one that carries messages."""
+        return self.child("flower-superlink")
 
     def loopback(self) -> tuple[str, ssl.SSLContext]:
         """What only this machine can reach."""

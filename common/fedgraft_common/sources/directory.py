@@ -108,7 +108,11 @@ def _load_model(directory: Path, file: Path | None, config: plans.Backbone) -> n
                 directory, local_files_only=True, trust_remote_code=False, **dict(config.options)
             )
             families.settle(described)
-            model, report = families.class_of(described).from_pretrained(
+            kind = families.class_of(described)
+            if file is not None:  # an Auto class wants a directory, the class itself does not
+                with torch.device("meta"):
+                    kind = type(kind.from_config(described))
+            model, report = kind.from_pretrained(
                 directory if file is None else None,
                 config=described,
                 output_loading_info=True,

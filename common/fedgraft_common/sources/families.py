@@ -28,17 +28,22 @@ BY_INPUT: Final[dict[str, Modality]] = {
 VIDEO: Final = ("videomae", "timesformer", "vivit")
 PAIRS: Final = ("clip", "siglip", "chinese_clip")
 """Two towers, one for images and one for texts; an image task uses the first."""
+ENCODERS: Final = (
+    "bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "t5", "mt5"
+)  # fmt: skip
+"""Encoders whose tokens see one another in both directions."""
 LEFT: Final = ("xlnet",)
 """Texts are padded on the left."""
 LAYERS: Final[dict[str, tuple[str, ...]]] = {
     "wav2vec2": ("encoder.layers",),
     "hubert": ("encoder.layers",),
     "wavlm": ("encoder.layers",),
+    "patchtst": ("encoder.layers",),
     "detr": ("encoder.layers", "decoder.layers"),
     "conditional_detr": ("encoder.layers", "decoder.layers"),
-    "segformer": ("encoder.block", "segformer.encoder.block", "decode_head.linear_projections"),
+    "segformer": ("stages", "segformer.stages", "decode_head"),
 }
-"""Lists of layers, in the order they run, where the longest list of a model is another one."""
+"""Lists of layers, or single parts, in the order they run, where the longest list is another."""
 
 
 def settle(config: Any) -> None:
@@ -59,7 +64,7 @@ def class_of(config: Any) -> Any:
     names = getattr(config, "architectures", None) or []
     if any(str(name).endswith("ForSemanticSegmentation") for name in names):
         return transformers.AutoModelForSemanticSegmentation
-    if getattr(config, "is_encoder_decoder", False) and config.model_type.endswith("t5"):
+    if config.model_type.endswith("t5"):
         return transformers.AutoModelForTextEncoding
     return transformers.AutoModel
 
@@ -104,12 +109,13 @@ def blocks_of(model: nn.Module, modality: Modality) -> tuple[str, ...]:
         towers = {"image": ("vision_model",), "text": ("text_model",)}
         chosen = towers.get(modality, ("vision_model", "text_model"))
         paths = tuple(f"{tower}.encoder.layers" for tower in chosen)
-    return tuple(
-        f"{path}.{name}"
-        for path in paths
-        if path in modules
-        for name, _ in modules[path].named_children()
-    )
+    found: list[str] = []
+    for path in paths:
+        if isinstance(modules.get(path), nn.ModuleList):
+            found += [f"{path}.{name}" for name, _ in modules[path].named_children()]
+        elif path in modules:
+            found.append(path)
+    return tuple(found)
 
 
 def preparation_settings(model: Any, directory: Path, modality: Modality) -> dict[str, Any]:
@@ -173,6 +179,8 @@ def reader_of(model: nn.Module, modality: Modality) -> Read:
         return {"image": _image_tower, "text": _text_tower}.get(modality, _both_towers)
     if getattr(model, "decode_head", None) is not None:
         return _segmenter
+    if kind in ENCODERS:
+        return _encoder
     return {"yolos": _yolos, "patchtst": _channels_of_patches}.get(kind, _by_name)
 
 
@@ -182,6 +190,21 @@ def _kind(model: Any) -> str:
 
 def _by_name(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
     return model(**named)
+
+
+def _encoder(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
+    """With the mask as attention wants it, (N, 1, 1, T), so that nothing looks into it on the way.
+
+    Transformers skips a mask without padding; whether it does would depend on the records, and
+    `vmap` cannot follow that. A prompt lengthens the mask and needs it as it is.
+    """
+    prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt:
+        return model(**named)
+    hidden = (named["attention_mask"] == 0)[:, None, None, :]
+    mask = torch.zeros(hidden.shape, device=hidden.device)
+    mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    return model(**(named | {"attention_mask": mask}))
 
 
 def _segmenter(model: nn.Module, named: dict[str, torch.Tensor]) -> Output:

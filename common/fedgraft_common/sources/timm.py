@@ -98,7 +98,7 @@ def _loaded(
 def _build(name: str, file: Path, config: plans.Backbone) -> Any:
     import timm
     from safetensors import SafetensorError
-    from timm.layers import set_fused_attn
+    from timm.layers.config import set_fused_attn
 
     logging.getLogger("timm").setLevel(logging.ERROR)
     set_fused_attn(False)  # vmap can trace the plain products, and on CPUs they are as fast
@@ -107,12 +107,10 @@ def _build(name: str, file: Path, config: plans.Backbone) -> Any:
             warnings.simplefilter("ignore")
             with safe_open(file, "pt") as tensors:
                 names = set(tensors.keys())
+            options: dict[str, Any] = {**config.options, "num_classes": 0}
+            overlay = {"file": str(file), "custom_load": False}
             model = timm.create_model(
-                name,
-                pretrained=True,
-                pretrained_cfg_overlay={"file": str(file), "custom_load": False},
-                num_classes=0,
-                **dict(config.options),
+                name, pretrained=True, pretrained_cfg_overlay=overlay, **options
             )
     except (OSError, RuntimeError, TypeError, ValueError, KeyError, AssertionError,
             AttributeError, SafetensorError) as error:  # fmt: skip

@@ -76,16 +76,23 @@ def _build(name: str, config: plans.Backbone) -> Any:
             "backbone.source", f"torchvision:{name}",
             "a name that torchvision.models.list_models() lists", "Correct the plan.",
         )  # fmt: skip
-    options = {"weights": None, **AS_TRAINED.get(name, {}), **config.options}
-    if "rcnn" in name:
-        options = {"weights_backbone": None, "rpn_post_nms_top_n_test": PROPOSALS, **options}
-    elif name in models.list_models(module=models.segmentation):
-        options = {"weights_backbone": None, **options}
+    detects = name in models.list_models(module=models.detection)
+    if detects and "rcnn" not in name:
+        raise BackboneError(
+            "backbone.source", f"torchvision:{name}",
+            "a classifier, a segmenter with one classifier, or an R-CNN: this detector's heads "
+            "give no features of single objects", "Choose another network, YOLOS or DETR for one.",
+        )  # fmt: skip
+    options = {**AS_TRAINED.get(name, {}), **config.options, "weights": None}
+    if detects:
+        options = {"rpn_post_nms_top_n_test": PROPOSALS, **options}
+    if detects or name in models.list_models(module=models.segmentation):
+        options["weights_backbone"] = None  # else it would be fetched, as a pickle
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = models.get_model(name, **options)
-            return _without_output_layer(model, name)
+            return _without_output_layer(model)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise BackboneError(
             "backbone.options", dict(config.options), f"what torchvision's {name} takes ({error})",
@@ -93,17 +100,11 @@ def _build(name: str, config: plans.Backbone) -> Any:
         ) from None  # fmt: skip
 
 
-def _without_output_layer(model: Any, name: str) -> Any:
+def _without_output_layer(model: Any) -> Any:
     """The same network, its last layer, the one with an output for each class, left out."""
     if hasattr(model, "roi_heads"):
         model.roi_heads.box_predictor = nn.Identity()
         return model
-    if hasattr(model, "head") and hasattr(model, "anchor_generator"):
-        raise BackboneError(
-            "backbone.source", f"torchvision:{name}",
-            "a classifier, a segmenter with one classifier, or an R-CNN: this detector's heads "
-            "give no features of single objects", "Choose another network, YOLOS or DETR for one.",
-        )  # fmt: skip
     if getattr(model, "aux_classifier", None) is not None:
         model.aux_classifier = None
     last = [
@@ -123,7 +124,7 @@ def _published(name: str) -> dict[str, Any]:
 
     if "rcnn" in name:
         return {"size": 320 if "320" in name else 800, **IMAGENET}
-    transforms = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    transforms = models.get_model_weights(name).DEFAULT.transforms()
     crop = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", [224])
     return {
         "size": int(crop[0] if isinstance(crop, list | tuple) else crop),

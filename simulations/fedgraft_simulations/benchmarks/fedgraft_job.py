@@ -33,7 +33,7 @@ def run(plan: Plan, directory: Path) -> dict[str, float]:
         adapter.update(summary.adapter)
 
     sites = SimulatedSites(plan, directory / "sites", "cpu")
-    server = server_app(plan, directory / "server", note, durable=False)
+    server = server_app(plan, directory / "server", note, durable=False, trust=sites.trust)
     server(LocalGrid(client_app(sites), plan.sites.count), local_context(0, 1))
 
     trained, refitted = [], []

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedgraft_client.opening import open_store
 from fedgraft_client.runtime import Runtime
+from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import load_site_file
 from fedgraft_client.up import resident
@@ -32,6 +33,7 @@ def open_simulated(
     site_file: Path,
     operator_key: Ed25519PublicKey | None = None,
     locate: Callable[[Plan], Path | None] = lambda _: None,
+    membership: Membership | None = None,
 ) -> Site:
     """The site with the records of one share of the plan's data, and reproducible noise."""
     file, share = load_site_file(site_file), partition(plan)[number]
@@ -39,7 +41,7 @@ def open_simulated(
     return Site(
         config, share.train, Runtime(file.device, file.physical_batch, locate),
         open_store(file, site_file.parent), file.policy,
-        held_out=share.test, operator_key=operator_key,
+        held_out=share.test, operator_key=operator_key, membership=membership,
     )  # fmt: skip
 
 

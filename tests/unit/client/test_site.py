@@ -168,6 +168,7 @@ def test_what_leaves_in_a_round(make_site: MakeSite, plan: Plan, mechanism: str,
     plan = plan.replace(
         {
             "privacy.mechanism": mechanism,
+            "privacy.secure_aggregation": "summed",  # masked: test_secure_member.py
             "head.training": head,
             "training.sample_rate": 0.5,
             "aggregation.sites": 4,

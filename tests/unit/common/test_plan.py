@@ -28,6 +28,8 @@ CHANGES: dict[str, object] = {
     "backbone.source": "embedded:other",
     "backbone.sha256": "0" * 64,
     "backbone.manifest_sha256": "0" * 64,
+    "privacy.secure_aggregation": "summed",
+    "adapter.tokens": 4,
     "backbone.weights": "other.safetensors",
     "backbone.options": {"in_chans": 1},
     "backbone.preprocessing": {"size": 64},
