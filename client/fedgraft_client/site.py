@@ -374,11 +374,10 @@ class Site:
                 "Name a file with records of other units in the site file, or ask for a plan "
                 "without evaluation.",
             )  # fmt: skip
-        if self._held_out_cache is None or self._held_out_cache[0] is not bench:
-            self._held_out_cache = bench, bench.cache(self.held_out.images)
+        cached = self.cached_held_out(bench)
         noise = self._noise("evaluate", plan, number)
         reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
-        features = bench.features(adapter, self._held_out_cache[1])
+        features = bench.features(adapter, cached)
         exact = exact_counts(features, self.trained_head(plan), self.held_out)
         counts = noised(exact, step.evaluation.noise_multiplier, noise)
         content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
@@ -422,6 +421,13 @@ class Site:
             kept = keep(bench.cache(self.records.images), self.store.directory)
             self._caches[key] = (bench, kept)
         return self._caches[key][1]
+
+    def cached_held_out(self, bench: Workbench) -> Cached:
+        """The same of the records held out, kept in memory."""
+        assert self.held_out is not None  # noqa: S101 - asked for where there are some
+        if self._held_out_cache is None or self._held_out_cache[0] is not bench:
+            self._held_out_cache = bench, bench.cache(self.held_out.images)
+        return self._held_out_cache[1]
 
     def trained_head(self, plan: Plan) -> LinearHead:
         """The head as the federation left it: DP-trained, or the fixed prototype."""

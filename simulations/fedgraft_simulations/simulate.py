@@ -81,6 +81,8 @@ def simulate(
     engine: Engine = "local",
     device: str = "auto",
     progress: Progress | None = None,
+    site_directory: Path | None = None,
+    curve_points: int = CURVE_POINTS,
 ) -> Comparison:
     """Runs a plan and its alternatives.
 
@@ -91,6 +93,10 @@ def simulate(
         engine: what carries the messages.
         device: where sites train.
         progress: told about each round.
+        site_directory: where the sites' stores lie; by default in `directory`. Plans that differ
+            in privacy and training only may share it, and with it the sites' warm caches.
+        curve_points: rounds after which a federated row is measured on its way; the first and the
+            last are added if there are any.
 
     Raises:
         FedgraftError: the plan, the data or the backbone is wrong, or a round failed.
@@ -99,9 +105,9 @@ def simulate(
     started = time.perf_counter()
     plan = plan.replace({"aggregation.sites": plan.sites.count})
     _refuse_other_data(plan, directory / "data.json")
-    sites = SimulatedSites(plan, directory / "sites", device)
+    sites = SimulatedSites(plan, site_directory or directory / "sites", device)
     measured = _measured(sites, plan)
-    run = _Run(plan, directory, sites, measured, engine, progress or Silent())
+    run = _Run(plan, directory, sites, measured, engine, progress or Silent(), curve_points)
     for key in rows:  # refuse a row that cannot run before the first one runs
         if not key.startswith("alone"):
             for m in measured:
@@ -132,8 +138,7 @@ def _refuse_other_data(plan: Plan, file: Path) -> None:
 def _measured(sites: SimulatedSites, plan: Plan) -> list[Measured]:
     found = []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
-        bench = site.runtime.workbench(plan)
-        found.append(Measured(site, share, bench.cache(share.test.images)))
+        found.append(Measured(site, share, site.cached_held_out(site.runtime.workbench(plan))))
     return found
 
 
@@ -148,6 +153,7 @@ class _Run:
         measured: list[Measured],
         engine: Engine,
         progress: Progress,
+        curve_points: int,
     ) -> None:
         self.plan = plan
         self.directory = directory
@@ -155,6 +161,7 @@ class _Run:
         self.measured = measured
         self.engine = engine
         self.progress = progress
+        self.curve_points = curve_points
 
     def row(self, key: str) -> Row:
         """Runs and measures one row of the table."""
@@ -186,7 +193,7 @@ class _Run:
         self.progress.start(TITLES[mechanism], plan.rounds.count)
         steps = [m.site.step(plan) for m in self.measured]  # calibrates, and refuses, up front
         worst = max(steps, key=lambda s: s.epsilon(plan.privacy.delta))
-        stops = _curve_rounds(plan.rounds.count)
+        stops = _curve_rounds(plan.rounds.count, self.curve_points)
         server = self.directory / mechanism
         curve = _load_curve(server / "curve.json")
 
@@ -295,11 +302,9 @@ def correct_share(head: LinearHead, features: torch.Tensor, labels: torch.Tensor
     return float(accuracy_score(labels.numpy(), found.numpy()))
 
 
-def _curve_rounds(count: int) -> set[int]:
-    return {max(1, round(count * i / CURVE_POINTS)) for i in range(1, CURVE_POINTS + 1)} | {
-        1,
-        count,
-    }
+def _curve_rounds(count: int, points: int) -> set[int]:
+    ends = {1, count} if points else set()
+    return {max(1, round(count * i / points)) for i in range(1, points + 1)} | ends
 
 
 def _load_curve(file: Path) -> list[Point]:
