@@ -185,6 +185,11 @@ class Privacy(Section):
         "unit's gradient is their average. It does not change epsilon. Without a column it has no "
         "meaning.",
     )
+    secure_aggregation: Literal["real", "summed"] = Field(
+        default="real",
+        description="Distributed mechanism: `real` hides every summand behind masks, as a "
+        "federation needs it; `summed` adds in the open, in a simulation only.",
+    )
     tolerated_dropouts: int = Field(
         default=0, ge=0, description="Sites that may be missing from a distributed step."
     )
@@ -377,6 +382,13 @@ class Plan(Section):
         return self
 
     @property
+    def secure(self) -> bool:
+        """Whether sites send masked integers, of which only the sum can be read."""
+        return self.privacy.mechanism == "distributed" and (
+            self.privacy.secure_aggregation == "real"
+        )
+
+    @property
     def steps(self) -> int:
         """T: DP-SGD steps of the whole run, the number that is accounted."""
         return self.rounds.count * self.training.local_steps
@@ -420,6 +432,8 @@ class Plan(Section):
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
         if self.backbone.manifest_sha256 is None:  # plans older than the key keep their hash
             del document["backbone"]["manifest_sha256"]
+        if self.privacy.secure_aggregation == "real":
+            del document["privacy"]["secure_aggregation"]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

@@ -114,10 +114,11 @@ def convert(weights: Path, directory: Path) -> Path:
         raise ValueError(f"{weights}: not the weights of a CIFAR ResNet: {missing} {unexpected}")
     model.eval().save_pretrained(directory)
     mean, std = photograph_statistics(model)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     manifest = {
         "name": f"cifar-resnet-{6 * blocks + 2}",
         "licence": "BSD-2-Clause",
-        "source": f"pytorch_resnet_cifar10, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()}",
+        "source": f"pytorch_resnet_cifar10, sha256 {digest}",
         "preprocessing": {"channels": 3, "size": SIZE, "mean": MEAN, "std": STD},
         "pooling": "pooler",
         "blocks": [f"layer{s}.{i}" for s in (1, 2, 3) for i in range(blocks)],

@@ -6,7 +6,7 @@ import pytest
 
 from fedgraft_common.accounting import SamplingEvent, epsilon
 from fedgraft_common.errors import PrivacyError
-from fedgraft_common.mechanism import sample_rate, step_noise
+from fedgraft_common.mechanism import MOST_ROUNDING, sample_rate, step_noise
 from fedgraft_common.plan import Plan
 
 
@@ -90,11 +90,18 @@ def test_distributed_adapter_gets_a_share_and_the_head_everything(
     )
     step = step_noise(changed, 80, "north")
     assert step.event is not None
-    full = step.event.noise_multiplier * 0.5
+    full = step.event.noise_multiplier * 0.5 * (1 + MOST_ROUNDING)
     assert step.head_std == full
     assert step.adapter_std == pytest.approx(full / math.sqrt(shares), rel=1e-12)
     assert shares * step.adapter_std**2 == pytest.approx(full**2)  # what the sum holds at least
     assert 0.99 * 8 <= step.epsilon(1e-5) <= 8
+
+
+def test_summed_in_the_open_there_is_no_rounding_to_pay_for() -> None:
+    step = step_noise(distributed(privacy__secure_aggregation="summed"), 80, "north")
+    assert step.event is not None
+    assert step.head_std == step.event.noise_multiplier * 0.5
+    assert step.adapter_std == step.head_std / 4
 
 
 def test_distributed_noise_is_the_same_everywhere() -> None:
