@@ -5,6 +5,7 @@
     ├── PrivacyError      a privacy parameter that cannot be met
     ├── BackboneError     a backbone directory, manifest or weights file
     ├── AdapterError      an adapter method or target that does not fit the backbone
+    ├── ExportError       an adapted model in a format that cannot hold it
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DeviceError       a site's machine: memory, disk
     ├── DataError         a site's records
@@ -16,10 +17,12 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
+    ├── AggregationError  a secure sum that cannot be finished
     ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
-    └── ServerError       the federation server's directory, ports or processes
+    ├── ServerError       the federation server's directory, ports or processes
+    └── AuditError        an audit's report: missing, altered, or signed by somebody else
 
 Each one says the same four things, so that whoever reads it (a researcher, a hospital's
 IT person) knows what to do next: the field or file, the value found, what is allowed, and
@@ -67,6 +70,10 @@ class AdapterError(FedgraftError):
     """An adapter does not fit its backbone."""
 
 
+class ExportError(FedgraftError):
+    """An adapted model cannot be written in another format."""
+
+
 class GradientError(FedgraftError):
     """No available method computes exact per-example gradients for this model."""
 
@@ -111,6 +118,10 @@ class MessageError(FedgraftError):
     """A message does not follow the protocol."""
 
 
+class AggregationError(FedgraftError):
+    """A secure sum cannot be finished; no site's input has been revealed."""
+
+
 class LinkError(FedgraftError):
     """A site cannot reach the server, or the server does not let it in."""
 
@@ -125,3 +136,7 @@ class IdentityError(FedgraftError):
 
 class ServerError(FedgraftError):
     """The federation server cannot be set up or cannot run."""
+
+
+class AuditError(FedgraftError):
+    """An audit's report is missing, was altered, or is signed by somebody else."""

@@ -2,9 +2,8 @@
 
     python -m fedgraft_simulations.benchmarks.utility PNEUMONIA.npz RESNET.safetensors
 
-A cell of the table is one `simulate` row: the production site and server code in one process. Where
-heads are fixed it is `pooled` instead, the same steps with all sites' records in one call, which is
-the same in distribution and much cheaper. A cell is finished once; its result is kept in
+Sites, models, DP-SGD, aggregation and refit are the production ones; all sites' steps are made in
+one call (`pooled`, the same in distribution). A cell is finished once; its result is kept in
 `--results`, and a run that was cut short goes on where it stopped. The step size of a federated row
 is the best of three on a fourth seed, whose accuracies are not in the table.
 
@@ -15,12 +14,13 @@ and averaged over sites.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -28,17 +28,21 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from sklearn.datasets import load_sample_images
+from sklearn.metrics import accuracy_score
+from torch.nn import functional
 
-from fedgraft_client.head import initial_head
-from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.head import LinearHead
+from fedgraft_client.prefix import Cached
+from fedgraft_client.refit import refit_head
+from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
-from fedgraft_client.training import train_round
+from fedgraft_common.backbone import load_backbone
 from fedgraft_common.files import write_atomically
-from fedgraft_common.messages import Tensors, clamp
-from fedgraft_common.plan import Plan
-from fedgraft_server.aggregation import Aggregator
-from fedgraft_simulations.benchmarks.cifar_resnet import convert
-from fedgraft_simulations.simulate import correct_share, simulate
+from fedgraft_common.messages import Tensors
+from fedgraft_common.plan import Backbone, Plan
+from fedgraft_simulations.alone import fit_alone, train_alone
+from fedgraft_simulations.benchmarks.pooled import pooled
 from fedgraft_simulations.sites import SimulatedSites
 
 SITES = (4, 16, 48)
@@ -60,13 +64,13 @@ FEDERATED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Data:
     """One data set: where it is, which backbone suits it, and how many records are trained on."""
 
     name: str
+    backbone: dict[str, str]
     source: str
-    backbone: str
     test_fraction: float
     train: int
 
@@ -107,7 +111,7 @@ class Cell:
             {
                 "name": self.data.name,
                 "seed": self.seed,
-                "backbone.source": self.data.backbone,
+                **{f"backbone.{key}": value for key, value in self.data.backbone.items()},
                 "adapter.method": "film",
                 "adapter.layers": "last:2",
                 "head.training": head if federated else "fixed",
@@ -156,85 +160,63 @@ class Results:
 
 
 def run(cells: list[Cell], results: Results, work: Path) -> None:
-    """Runs what is missing, group by group.
-
-    Args:
-        cells: in any order.
-        results: filled.
-        work: for stores and checkpoints; emptied again.
-    """
+    """Runs what is missing, group by group; `work` is emptied again."""
     for group in dict.fromkeys(cell.group for cell in cells):
-        missing = [c for c in cells if c.group == group and c not in results]
-        for number, cell in enumerate(missing):
-            if number == 0:  # sites that were cut off in a round would refuse a server that begins
-                shutil.rmtree(work, ignore_errors=True)
+        for cell in cells:
+            if cell.group != group or cell in results:
+                continue
             started = time.perf_counter()
-            facts = measure(cell, work / group, work / str(number))
+            facts = measure(cell, work / group)
             facts["seconds"] = time.perf_counter() - started
             results.add(cell, **facts)
             print(cell.key, f"{facts['accuracy']:.4f}", f"{facts['seconds']:.1f} s", flush=True)
+        cached_test.cache_clear()
     shutil.rmtree(work, ignore_errors=True)
 
 
-def measure(cell: Cell, stores: Path, work: Path) -> dict[str, float]:
-    """One cell's accuracy, mean over sites."""
+def measure(cell: Cell, stores: Path) -> dict[str, float]:
+    """One cell's accuracy after the refit and, of a federation, before it; means over sites."""
     plan = cell.plan()
-    if cell.row.endswith("-fixed"):
-        return {"accuracy": fmean(refitted(plan, SimulatedSites(plan, stores)))}
-    rows = (cell.row if cell.row in ALONE else cell.row.partition("-")[0],)
-    (row,) = simulate(plan, work, rows, site_directory=stores, curve_points=0).rows
-    before = {"before_refit": fmean(row.trained)} if row.trained else {}
-    return {"accuracy": fmean(row.refit), **before}
+    sites = SimulatedSites(plan, stores).all()
+    bench = sites[0].bench(plan)
+    before: dict[str, float] = {}
+    if cell.row in ALONE:
+        adapters = [bench.initial if cell.row == "alone-head" else None for _ in sites]
+        trained = [
+            train_alone(site, plan) if adapter is None else adapter
+            for site, adapter in zip(sites, adapters, strict=True)
+        ]
+        heads = [fit_alone(s, plan, adapter) for s, adapter in zip(sites, trained, strict=True)]
+    else:
+        adapter, left = pooled(plan, sites)
+        trained = [adapter] * len(sites)
+        before["before_refit"] = fmean(scores(bench, sites, trained, left))
+        heads = [
+            refit_head(bench.features(adapter, site.cached(bench)), site.labels(bench), head)
+            for site, head in zip(sites, left, strict=True)
+        ]
+    return {"accuracy": fmean(scores(bench, sites, trained, heads)), **before}
 
 
-def refitted(plan: Plan, sites: SimulatedSites) -> list[float]:
-    """Accuracy of each site's refitted head under the adapter that `pooled` trains."""
-    everyone = sites.all()
-    bench = everyone[0].runtime.workbench(plan)
-    adapter = pooled(plan, everyone)
-    heads = [site.refit(plan, adapter) for site in everyone]
-    kept = [site.held_out for site in everyone if site.held_out is not None]
-    tests = [site.cached_held_out(bench) for site in everyone]
-    together = tuple(torch.cat(parts) for parts in zip(*tests, strict=True))
-    features = bench.features(adapter, together).split([len(records) for records in kept])
-    return [
-        correct_share(head, part, records.labels)
-        for head, part, records in zip(heads, features, kept, strict=True)
-    ]
+def scores(
+    bench: Workbench, sites: list[Site], adapters: list[Tensors], heads: list[LinearHead]
+) -> list[float]:
+    """Each site's accuracy on its held-out records."""
+    found = []
+    for site, adapter, head in zip(sites, adapters, heads, strict=True):
+        assert site.held_out is not None  # noqa: S101 - simulated sites have some
+        features = bench.features(adapter, cached_test(bench, site))
+        with torch.no_grad():
+            guesses = head(features).argmax(dim=1)
+        found.append(float(accuracy_score(site.held_out.labels.numpy(), guesses.numpy())))
+    return found
 
 
-def pooled(plan: Plan, sites: list[Site]) -> Tensors:
-    """The adapter of a federation with fixed heads, computed as if all records were at one site.
-
-    The same in distribution as running every site by itself: with one step in a round, one q and
-    one head, all sites' Poisson samples are one sample of all records, the server adds up their
-    clipped gradients, and their noise is one Gaussian of n times the variance. For the local
-    mechanism, too, because the mean of adapters one step away is a step along the sum.
-    """
-    bench, count = sites[0].runtime.workbench(plan), len(sites)
-    step = sites[0].step(plan.replace({"aggregation.sites": count}))
-    whole = replace(step, adapter_std=math.sqrt(count) * step.adapter_std)
-    summed = plan.replace(
-        {
-            "privacy.mechanism": "distributed",
-            "privacy.secure_aggregation": "summed",
-            "aggregation.sites": count,
-        }
-    )
-    cached = tuple(
-        torch.cat(parts) for parts in zip(*(site.cached(bench) for site in sites), strict=True)
-    )
-    labels = torch.cat([site.records.labels for site in sites])
-    head = initial_head(plan, sites[0].config.classes, bench.adapted.feature_dim)
-    aggregator = Aggregator(summed, bench.adapted.schema)
-    adapter = bench.initial
-    for number in range(1, plan.rounds.count + 1):
-        noise = NoiseSource.for_simulation("pooled", plan.hash, number)
-        update = train_round(
-            bench, summed, number, adapter, head, cached, labels, whole, noise, PHYSICAL_BATCH
-        )
-        adapter = clamp(aggregator.next_adapter(number, adapter, [update]), bench.initial)
-    return adapter
+@lru_cache(maxsize=64)
+def cached_test(bench: Workbench, site: Site) -> Cached:
+    """What the frozen prefix makes of a site's held-out records."""
+    assert site.held_out is not None  # noqa: S101 - as above
+    return bench.cache(site.held_out.inputs)
 
 
 def tuning_cells(data: Data) -> list[Cell]:
@@ -277,7 +259,6 @@ def data_sets(pneumonia: Path, weights: Path, cache: Path) -> tuple[Data, Data]:
     another population, and what is asked here is not how a model travels. Every second image is
     taken, for time.
     """
-    directory = convert(weights, cache / weights.stem)
     file = cache / "pneumonia.npz"
     if not file.exists():
         with np.load(pneumonia, allow_pickle=False) as found:
@@ -285,9 +266,54 @@ def data_sets(pneumonia: Path, weights: Path, cache: Path) -> tuple[Data, Data]:
             labels = np.concatenate([found["train_labels"], found["val_labels"]]).ravel()
         np.savez(file, images=images[::2], labels=labels[::2])
     return (
-        Data("digits", "sklearn:digits", "embedded:glyphs", 0.65, 628),
-        Data("pneumonia", f"npz:{file}", f"dir:{directory}", 0.75, 654),
+        Data("digits", {"source": "embedded:glyphs"}, "sklearn:digits", 0.65, 628),
+        Data("pneumonia", centred(weights, cache / "resnet20"), f"npz:{file}", 0.75, 654),
     )
+
+
+def centred(weights: Path, directory: Path) -> dict[str, str]:
+    """A CIFAR ResNet-20 with a manifest that gives its features a mean and a spread.
+
+    Features behind a ReLU all point one way, and a fixed head wants them centred. CIFAR-10 itself
+    is not at hand; random crops of scikit-learn's two sample photographs are public, too.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    copy = directory / "resnet20.safetensors"
+    pinned = hashlib.sha256(weights.read_bytes()).hexdigest()
+    keys = {"source": "cifar-resnet:20", "weights": str(copy), "sha256": pinned}
+    if (directory / "manifest.json").exists():
+        return keys
+    shutil.copy(weights, copy)
+    backbone = load_backbone(Backbone(**keys))
+    with torch.no_grad():
+        inputs = backbone.prepare(photographs(2048))
+        parts = zip(*(tensor.split(256) for tensor in inputs), strict=True)
+        features = torch.cat([backbone.features(backbone.model, part) for part in parts])
+    manifest = {
+        "name": "cifar-resnet:20",
+        "licence": "BSD-2-Clause",
+        "feature_mean": features.mean(dim=0).tolist(),
+        "feature_std": features.std(dim=0).clamp(min=1e-3).tolist(),
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    return keys
+
+
+def photographs(count: int, size: int = 32) -> torch.Tensor:
+    """Random square crops of scikit-learn's two photographs: (count, 3, size, size) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+    crops = []
+    for number in range(count):
+        picture = pictures[number % len(pictures)]
+        side = int(torch.randint(48, 385, (1,), generator=generator))
+        top, left = (
+            int(torch.randint(0, length - side + 1, (1,), generator=generator))
+            for length in picture.shape[1:]
+        )
+        crop = picture[None, :, top : top + side, left : left + side]
+        crops.append(functional.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(crops)
 
 
 def main(

@@ -1,0 +1,264 @@
+"""Canaries in the real trainer: what T2 of PRIVACY.md sees.
+
+A canary is one more unit of a site. It is sampled by the trainer's own Poisson sampling, together
+with the site's records. Where it is in a batch, it adds a gradient of its own direction to the
+clipped sum of the others, and the trainer's own code noises, steps and sends. Three kinds:
+
+    summed    C * e_j is added to the summed clipped gradient, before noise
+    clipped   1000 * C * e_j is added to the per-unit gradients, before clipping
+    head      like `summed`, in the head's part of the joint vector, which stays at the site
+
+e_j is one coordinate of the adapter or of the head; every canary has its own, so one run holds as
+many independent experiments as it has canaries. The probe also notes what an attacker who knows
+everyone but the canary knows: the clipped sum of all others, and who was in which batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgraft_client import site as site_module
+from fedgraft_client import training as training_module
+from fedgraft_client.dp import JointOptimizer
+from fedgraft_client.gradients import Engine
+from fedgraft_client.head import LinearHead
+from fedgraft_client.prefix import Cached
+from fedgraft_client.randomness import NoiseSource
+from fedgraft_client.runtime import Workbench
+from fedgraft_client.site import Site
+from fedgraft_common.mechanism import StepNoise
+from fedgraft_common.messages import Tensors
+from fedgraft_common.plan import Plan
+from fedgraft_simulations.audit.replaced import replaced
+
+SUMMED, CLIPPED, HEAD = 0, 1, 2
+EXCESS = 1000.0
+"""Norm of a `clipped` canary before clipping, in units of C."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canaries:
+    """m canaries.
+
+    Attributes:
+        coordinate: (m,) int64, in the joint vector of adapter, then head; each occurs once.
+        kind: (m,) SUMMED, CLIPPED or HEAD.
+        site: (m,) number of the site that holds it.
+        included: (m,) the coins.
+    """
+
+    coordinate: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    site: NDArray[np.int64]
+    included: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.coordinate)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One batch.
+
+    Attributes:
+        site: number of the site.
+        round: number of the round.
+        units: (b,) which of the site's units were in it: its own from 0, then canaries.
+        of: units that could have been in it, canaries included.
+    """
+
+    site: int
+    round: int
+    units: NDArray[np.int64]
+    of: int
+
+
+@dataclass
+class Probe:
+    """What is put into a run, and what is noted there.
+
+    Attributes:
+        canaries: all of them.
+        length: C, in whose unit canaries are measured.
+        rounds: of the run.
+        sites: of the run.
+        others: (rounds, sites, m) what all others added to each canary's coordinate.
+        head: (rounds, sites, m) the noisy joint gradient at HEAD canaries' coordinates.
+        drawn: every batch.
+    """
+
+    canaries: Canaries
+    length: float
+    rounds: int
+    sites: int
+    others: NDArray[np.float32] = field(init=False)
+    head: NDArray[np.float32] = field(init=False)
+    drawn: list[Drawn] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = (self.rounds, self.sites, len(self.canaries))
+        self.others, self.head = (np.zeros(shape, np.float32) for _ in range(2))
+
+    def held_by(self, site: int) -> NDArray[np.int64]:
+        """The included canaries of a site."""
+        return np.flatnonzero(self.canaries.included & (self.canaries.site == site))
+
+    @contextmanager
+    def watching(self, site: int) -> Iterator[None]:
+        """Puts the site's canaries into whatever it trains on meanwhile."""
+        train_round: Callable[..., Tensors] = vars(site_module)["train_round"]
+
+        def probed(
+            bench: Workbench, plan: Plan, number: int, adapter: Tensors, head: LinearHead,
+            cached: Cached, labels: torch.Tensor, step: StepNoise, noise: NoiseSource,
+            physical_batch: int, units: torch.Tensor | None = None, *rest: Any,
+        ) -> Tensors:  # fmt: skip
+            place = Place(self, site, number, self.held_by(site), len(labels), units)
+            with replaced(training_module, "JointOptimizer", partial(ProbedOptimizer, place)):
+                return train_round(
+                    bench, plan, number, adapter, head, place.mark(cached), place.extend(labels),
+                    step, noise, physical_batch, None if units is None else place.units, *rest,
+                )  # fmt: skip
+
+        with replaced(site_module, "train_round", probed):
+            yield
+
+
+class Place:
+    """One site in one round.
+
+    Args:
+        probe: what is put in and where notes go.
+        site: number of the site.
+        number: of the round.
+        mine: the canaries it holds.
+        records: how many records of its own.
+        units: (records,) the unit of each; None if every record is one.
+    """
+
+    def __init__(
+        self, probe: Probe, site: int, number: int, mine: NDArray[np.int64], records: int,
+        units: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.probe = probe
+        self.site = site
+        self.round = number
+        self.mine = mine
+        self.records = records
+        own = torch.arange(records) if units is None else units
+        first = int(own.max()) + 1
+        self.units = torch.cat([own, torch.arange(first, first + len(mine))])
+        self.unit_count = first + len(mine)
+
+    def extend(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Room for one more record for each canary."""
+        return torch.cat([tensor, tensor.new_zeros(len(self.mine), *tensor.shape[1:])])
+
+    def mark(self, cached: Cached) -> Cached:
+        """The same, with a column that says which record each one is."""
+        marks = torch.arange(self.records + len(self.mine))
+        return (*(self.extend(tensor) for tensor in cached), marks)
+
+    def note_batch(self, marks: torch.Tensor) -> None:
+        """Writes down who is in a batch."""
+        drawn = self.units[marks].unique().numpy()
+        self.probe.drawn.append(Drawn(self.site, self.round, drawn, self.unit_count))
+
+
+class ProbedOptimizer(JointOptimizer):
+    """The production optimiser, with canaries in its sum.
+
+    Args:
+        place: whose gradients these are.
+        optimizer: as there.
+        clipping_norm: as there.
+        noise: as there.
+    """
+
+    def __init__(
+        self, place: Place, optimizer: torch.optim.Optimizer, clipping_norm: float,
+        noise: NoiseSource,
+    ) -> None:  # fmt: skip
+        super().__init__(optimizer, clipping_norm, noise)
+        self._place = place
+        self._here = np.zeros(0, dtype=np.int64)
+        self._begins = np.cumsum([0, *(p.numel() for p in self.params)])
+
+    def noisy_sum(
+        self, engine: Engine, cached: Cached, labels: torch.Tensor, physical_batch: int,
+        sizes: torch.Tensor | None = None,
+    ) -> int:  # fmt: skip
+        """Takes the canaries out of the batch, and notes who is in it."""
+        *records, marks = cached
+        place = self._place
+        place.note_batch(marks)
+        real = marks < place.records
+        self._here = place.mine[(marks[~real] - place.records).numpy()]
+        if sizes is not None:  # a canary is a unit of one record
+            owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+            sizes = sizes[owners[real].unique()]
+        return super().noisy_sum(
+            engine, tuple(t[real] for t in records), labels[real], physical_batch, sizes
+        )
+
+    def add_noise(self) -> None:
+        """Puts the batch's canaries in, lets the production code add its noise, and notes both."""
+        probe, place = self._place.probe, self._place
+        canaries = probe.canaries
+        probe.others[place.round - 1, place.site] += self._at(canaries.coordinate, "summed_grad")
+        kinds = canaries.kind[self._here]
+        self._add_before_clipping(canaries.coordinate[self._here[kinds == CLIPPED]])
+        self._add_to_sum(canaries.coordinate[self._here[kinds != CLIPPED]])
+        super().add_noise()
+        head = canaries.kind == HEAD
+        noisy = self._at(canaries.coordinate[head], "grad")
+        probe.head[place.round - 1, place.site, head] += noisy
+
+    def _add_before_clipping(self, coordinates: NDArray[np.int64]) -> None:
+        if len(coordinates) == 0:
+            return
+        size = EXCESS * self._place.probe.length
+        for parameter in self.params:
+            parameter.grad_sample = parameter.new_zeros(len(coordinates), *parameter.shape)
+        for row, (parameter, inside) in enumerate(map(self._find, coordinates)):
+            parameter.grad_sample[row].view(-1)[inside] = size
+        self.clip_and_accumulate()
+        self._clear(("grad_sample",))
+
+    def _add_to_sum(self, coordinates: NDArray[np.int64]) -> None:
+        for parameter, inside in map(self._find, coordinates):
+            if parameter.summed_grad is None:
+                parameter.summed_grad = torch.zeros_like(parameter)
+            parameter.summed_grad.view(-1)[inside] += self._place.probe.length
+
+    def _find(self, coordinate: int) -> tuple[Any, int]:
+        """The parameter that a coordinate of the joint vector lies in, and where."""
+        which = int(np.searchsorted(self._begins, coordinate, side="right")) - 1
+        return self.params[which], int(coordinate - self._begins[which])
+
+    def _at(self, coordinates: NDArray[np.int64], name: str) -> NDArray[np.float64]:
+        """The values of an attribute of the parameters at coordinates of the joint vector."""
+        flat = [
+            torch.zeros(p.numel()) if getattr(p, name) is None else getattr(p, name).reshape(-1)
+            for p in self.params
+        ]
+        return torch.cat([f.detach().cpu().double() for f in flat]).numpy()[coordinates]
+
+
+class ProbedSite(Site):
+    """A production site that a probe watches."""
+
+    probe: Probe
+    place: int
+
+    def _round(self, *args: Any) -> Tensors:
+        with self.probe.watching(self.place):
+            return super()._round(*args)
