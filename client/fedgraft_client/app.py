@@ -15,7 +15,14 @@ from flwr.clientapp import ClientApp
 from fedgraft_client.egress import guard_package
 from fedgraft_client.site import Site
 from fedgraft_common.errors import MessageError
-from fedgraft_common.messages import ADAPTER, Status, write_counts, write_reply
+from fedgraft_common.messages import (
+    ADAPTER,
+    SecureStep,
+    Status,
+    write_counts,
+    write_reply,
+    write_secure,
+)
 from fedgraft_common.packing import is_packed, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -35,7 +42,7 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
         try:
             site = site_for(context)
         except Exception:  # Flower would send its text to the server
-            log.exception("there is no site for this message")
+            log.exception("there is no site for this message", extra={"action": "fail"})
             return refuse(message, 0, Status.FAILED)
         return ask(site, message)
 
@@ -51,6 +58,15 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
     def keep_final(message: Message, context: Context) -> Message:
         return answer(message, context, Site.keep_final, write_reply)
 
+    for step in SecureStep:
+
+        @app.query(step.value)
+        def secure(message: Message, context: Context, step: SecureStep = step) -> Message:
+            def ask(site: Site, message: Message) -> Message:
+                return site.secure(step, message)
+
+            return answer(message, context, ask, write_secure)
+
     return app
 
 
@@ -63,7 +79,7 @@ def packed(message: Message, context: Context, answer: Callable[..., Message]) -
     try:
         message.content[ADAPTER] = unpack(adapter)
     except MessageError as error:
-        log.warning("refused a message: %s", error)
+        log.warning("refused a message: %s", error, extra={"action": "refuse"})
         return write_reply(message, 0, Status.MESSAGE)
     reply = answer(message, context)
     if reply.has_content() and ADAPTER in reply.content.array_records:

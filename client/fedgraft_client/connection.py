@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -51,13 +52,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_id,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectUnavailableError,
-    inflate_object_from_contents,
     pull_objects,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -68,11 +67,20 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft_common.errors import LinkError, MessageError
 from fedgraft_common.files import write_atomically
+from fedgraft_common.inflation import (
+    MEBIBYTE,
+    MessageLimits,
+    inflate_message,
+    malformed,
+    object_names,
+    too_large,
+)
 
 log = logging.getLogger(__name__)
 
-MEBIBYTE: Final = 1024 * 1024
 _SERVER_WAITS: Final = 120.0  # seconds the server may take to complete a message it has announced
+_ONCE: Final = "/flwr.proto.Fleet/PullMessages"  # hands a message out: the answer must not be lost
+_AGAIN: Final = (0.1, 0.4)  # seconds before another call is made again whose connection broke
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +89,12 @@ class Limits:
 
     Attributes:
         response: bytes of one answer of the server. Flower sends arrays in pieces of 5 MiB.
-        message: bytes of one message with everything in it.
-        objects: pieces of one message.
+        message: what one message may be.
         timeout: seconds without a byte before a call counts as failed.
     """
 
     response: int = 64 * MEBIBYTE
-    message: int = 1024 * MEBIBYTE
-    objects: int = 20_000
+    message: MessageLimits = field(default_factory=MessageLimits)
     timeout: float = 30.0
 
 
@@ -175,7 +181,7 @@ class FleetConnection:
             if not response.messages_list:
                 return None
             if not response.message_object_trees:
-                raise _malformed("a message without objects")
+                raise malformed("a message without objects")
             tree = response.message_object_trees[0]
             run = response.messages_list[0].metadata.run_id
             contents = self._pull(run, tree)
@@ -184,14 +190,9 @@ class FleetConnection:
                     node=self._node, run_id=run, message_object_id=tree.object_id
                 )
             )
-        try:
-            message = cast(Message, inflate_object_from_contents(tree.object_id, contents))
-            same = isinstance(message, Message) and message.metadata.run_id == run
-        except Exception as error:
-            raise _malformed(type(error).__name__) from None
-        if not same or message.metadata.dst_node_id != self.node_id:
-            raise _malformed("a message for another run or site")
-        message.metadata.__dict__["_message_id"] = tree.object_id
+        message = inflate_message(tree.object_id, contents, self.limits.message)
+        if message.metadata.run_id != run or message.metadata.dst_node_id != self.node_id:
+            raise malformed("a message for another run or site")
         return message
 
     def prepare(self, reply: Message) -> Outgoing:
@@ -213,28 +214,10 @@ class FleetConnection:
             RunOver: nobody waits for it.
         """
         with _told(self.address):
-            response = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(reply.message)],
-                    message_object_trees=[reply.tree],
-                )
-            )
-            wanted = set(response.objects_to_push)
-            for name, content in reply.contents.items():
-                if name not in wanted:
-                    continue  # the server has it: what is addressed by its hash travels once
-                stored = self._client.PushObject(
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.run,
-                        object_id=name,
-                        object_content=content,
-                        session_id=response.session_id,
-                    )
-                ).stored
-                if not stored:
-                    raise _lost(self.address, "an object that the server would not store")
+            for _ in range(1 + len(_AGAIN)):
+                if self._push(reply):
+                    return
+        raise _lost(self.address, "an object that the server would not store")
 
     def close(self) -> None:
         """Says goodbye, if there is anyone to hear it, and closes."""
@@ -259,6 +242,30 @@ class FleetConnection:
         """Closes it."""
         self.close()
 
+    def _push(self, reply: Outgoing) -> bool:
+        """Whether the server has all of it; if not, it will say what is still missing."""
+        response = self._client.PushMessages(
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(reply.message)],
+                message_object_trees=[reply.tree],
+            )
+        )
+        wanted = set(response.objects_to_push)  # what is addressed by its hash travels once
+        return all(
+            self._client.PushObject(
+                PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.run,
+                    object_id=name,
+                    object_content=content,
+                    session_id=response.session_id,
+                )
+            ).stored
+            for name, content in reply.contents.items()
+            if name in wanted
+        )
+
     def _activate(self, key: ec.EllipticCurvePrivateKey, last_node: int | None) -> int:
         request = ActivateNodeRequest(
             public_key=public_key_to_bytes(key.public_key()),
@@ -272,7 +279,8 @@ class FleetConnection:
                 occupied = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
                 if last_node is None or reason is None or reason.code != occupied:
                     raise
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=last_node))
+            with suppress(httpx.HTTPStatusError):  # whether it helped, the next call tells
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=last_node))
             return self._client.ActivateNode(request).node_id
 
     def _heartbeat(self) -> bool:
@@ -289,13 +297,8 @@ class FleetConnection:
             return False
 
     def _pull(self, run: int, tree: ObjectTree) -> dict[str, bytes]:
-        names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-        if len(names) > self.limits.objects:
-            raise MessageError(
-                "message", f"{len(names)} objects", f"at most {self.limits.objects}",
-                "The message was ignored; compare the versions of server and site.",
-            )  # fmt: skip
-        room = self.limits.message
+        names = object_names(tree, self.limits.message)
+        room = self.limits.message.bytes
 
         def pull(name: str) -> bytes:
             nonlocal room
@@ -307,12 +310,9 @@ class FleetConnection:
                 raise ObjectUnavailableError(name)
             room -= len(response.object_content)
             if room < 0:
-                raise MessageError(
-                    "message", "more bytes", f"at most {self.limits.message}",
-                    "The message was ignored; raise the limit if the plan's adapter is that large.",
-                )  # fmt: skip
+                raise too_large(self.limits.message)
             if get_object_id(response.object_content) != name:
-                raise _malformed("an object that does not match its SHA-256")
+                raise malformed("an object that does not match its SHA-256")
             return response.object_content
 
         try:
@@ -320,7 +320,7 @@ class FleetConnection:
                 names, pull, max_time=_SERVER_WAITS, initial_backoff=0.02, backoff_cap=1.0
             )
         except ObjectPullError as error:
-            raise _malformed(str(error)) from None
+            raise malformed(str(error)) from None
 
 
 class Dialler:
@@ -384,7 +384,12 @@ class _Headers:
 
 
 class _Client(FleetHttpClient):
-    """Flower's client, but it follows no redirect and reads no more than the limit."""
+    """Flower's client, but it follows no redirect, reads no more than the limit and tries again.
+
+    A connection that breaks under a call need not end the session: every call but one may be made
+    twice. An answer to PullMessages that was lost on the way is a message lost; then the site
+    connects anew, by which the server knows that it has to ask again.
+    """
 
     def __init__(
         self,
@@ -401,6 +406,15 @@ class _Client(FleetHttpClient):
         )
         self._client.follow_redirects = False  # an update goes to the server and nowhere else
         self._limit = limits.response
+
+    def _unary_unary(self, **call: Any) -> Any:
+        for wait in () if call["rpc_method"] == _ONCE else _AGAIN:
+            try:
+                return super()._unary_unary(**call)
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                log.debug("%s: %s", call["rpc_method"], error, extra={"action": "retry"})
+                time.sleep(wait)
+        return super()._unary_unary(**call)  # each attempt is built and signed anew
 
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
         response = super()._send(context, stream=True)
@@ -440,7 +454,7 @@ def _told(address: str) -> Iterator[None]:
 def _flower_error(response: httpx.Response) -> FlowerError | None:
     try:
         return FlowerError.from_json(response.text)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets without end
         return None
 
 
@@ -458,13 +472,6 @@ def _lost(address: str, found: str) -> LinkError:
     return LinkError(
         f"server {address}", found, "a connection",
         "If it lasts, check the network, the firewall and the certificates.",
-    )  # fmt: skip
-
-
-def _malformed(found: str) -> MessageError:
-    return MessageError(
-        "message", found, "a message as Flower builds them",
-        "The message was ignored; compare the versions of server and site.",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A site's records, checked before they are used.
 
-Shapes: N records, C channels, H x W pixels, K classes.
+Shapes: N records, C channels, H x W pixels, K classes. The raw form of the inputs depends on the
+modality (`fedgraft_common.modality.FORMS`); the backbone prepares them.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from fedgraft_client.tasks import Task
 from fedgraft_common.errors import DataError
+from fedgraft_common.modality import FORMS, Raw, count, fits, form_of
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Labelled images of one site.
+    """Labelled records of one site.
 
     Attributes:
-        images: (N, C, H, W) float32 in [0, 1].
-        labels: (N,) int64, indices into the site's classes.
+        inputs: raw, N records in the form of their modality; images are (N, C, H, W) float32 in
+            [0, 1].
+        labels: N records first; what they are is the task's, e.g. (N,) int64 indices of classes.
         units: (N,) int64, the unit of each record, numbered from 0 at this site with no number
             left out (`number_units`); None if every record is a unit of its own.
     """
 
-    images: torch.Tensor
+    inputs: Raw
     labels: torch.Tensor
     units: torch.Tensor | None = None
 
@@ -40,73 +44,71 @@ class Records:
         return len(self.labels)
 
 
-def check_records(records: Records, classes: tuple[str, ...], site: str) -> None:
+def check_records(records: Records, task: Task, site: str) -> None:
     """Refuses records that cannot be trained on.
 
     Raises:
-        DataError: no records, a value that is not finite or outside [0, 1], a label outside the
-            site's classes, fewer than two classes, or units that are not numbered 0 to U-1.
+        DataError: no records, a value that is not finite, a pixel outside [0, 1], labels that are
+            not the task's, or units that are not numbered 0 to U-1.
+    """
+    check_unlabelled(records, site)
+    task.check(records.labels, f"site {site}")
+
+
+def check_unlabelled(records: Records, site: str) -> None:
+    """The same, but for what the labels say.
+
+    Raises:
+        DataError: see `check_records`.
     """
     where = f"site {site}"
-    if len(classes) < 2:
-        raise DataError(
-            f"{where}: classes", ", ".join(classes) or "none", "at least two classes",
-            "A head needs something to tell apart: list every class the task has, even if no "
-            "record of it is here, or leave the site out.",
-        )  # fmt: skip
-    if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
-        raise DataError(
-            f"{where}: classes", ", ".join(classes), "different names of one line each",
-            "Rename the classes in the label map.",
-        )  # fmt: skip
     if len(records) == 0:
         raise DataError(
             f"{where}: records", 0, "at least one record",
             "Check the data source, or leave the site out.",
         )  # fmt: skip
-    if records.images.dim() != 4 or len(records.images) != len(records.labels):
+    _check_inputs(records, where)
+    _check_units(records, where)
+
+
+def _check_inputs(records: Records, where: str) -> None:
+    """What holds for the raw records of each modality."""
+    inputs = records.inputs
+    if count(inputs) != len(records.labels):
         raise DataError(
-            f"{where}: images", tuple(records.images.shape),
-            f"(records, channels, height, width) with {len(records.labels)} records",
-            "Give one image and one label for each record.",
+            f"{where}: inputs", f"{count(inputs)} records", f"{len(records)}, one for each label",
+            "Give one input and one label for each record.",
         )  # fmt: skip
-    if records.images.dtype != torch.float32:
+    if not any(fits(inputs, modality) for modality in FORMS):
         raise DataError(
-            f"{where}: images", records.images.dtype, "float32 values in [0, 1]",
-            "Convert them: images.float().",
+            f"{where}: inputs", form_of(inputs), "; or ".join(FORMS.values()),
+            "Bring them into one of these forms.",
         )  # fmt: skip
-    if records.labels.dim() != 1 or records.labels.dtype != torch.int64:
-        raise DataError(
-            f"{where}: labels", f"{records.labels.dtype}{tuple(records.labels.shape)}",
-            "one int64 class index for each record", "Convert them: labels.flatten().long().",
-        )  # fmt: skip
-    finite = torch.isfinite(records.images).flatten(1).all(dim=1)
+    values = inputs[0] if isinstance(inputs, tuple) else inputs
+    if not isinstance(values, torch.Tensor):
+        return
+    finite = torch.isfinite(values).flatten(1).all(dim=1)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()
         raise DataError(
-            f"{where}: images", f"NaN or infinity in {len(broken)} records, first at {broken[0]}",
+            f"{where}: inputs", f"NaN or infinity in {len(broken)} records, first at {broken[0]}",
             "finite values", "Repair or remove these records.",
         )  # fmt: skip
-    low, high = float(records.images.min()), float(records.images.max())
+    if not (fits(values, "image") or fits(values, "video")):
+        return
+    low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         raise DataError(
-            f"{where}: images", f"values from {low:g} to {high:g}", "values in [0, 1]",
+            f"{where}: inputs", f"values from {low:g} to {high:g}", "values in [0, 1]",
             "Scale by a public constant (255 for 8-bit images), never by the data's own range.",
         )  # fmt: skip
-    outside = (records.labels < 0) | (records.labels >= len(classes))
-    if outside.any():
-        raise DataError(
-            f"{where}: labels", int(records.labels[outside][0]),
-            f"0 to {len(classes) - 1} ({', '.join(classes)})", "Correct the label map.",
-        )  # fmt: skip
-    _check_units(records, where)
 
 
 def _check_units(records: Records, where: str) -> None:
     units = records.units
     if units is None:
         return
-    if units.dtype != torch.int64 or units.shape != records.labels.shape:
+    if units.dtype != torch.int64 or units.shape != (len(records),):
         raise DataError(
             f"{where}: units", f"{units.dtype}{tuple(units.shape)}",
             f"{len(records)} int64 unit numbers, one for each record",

@@ -4,17 +4,20 @@ It knows nothing of training. It compares an outgoing reply with what the plan a
 what the ledger has committed, byte for byte, and fails closed: whatever it was not told to let
 through does not leave.
 
-    reply    adapter   the plan's tensors: names, shapes, float32, finite, exact bytes; their
-                       SHA-256 is the one of the ledger's commit. Empty unless the status is ok.
+    reply    adapter   the plan's tensors: names, shapes, float32 (masked: unsigned integers),
+                       finite, exact bytes; their SHA-256 is the one of the ledger's commit. Empty
+                       unless the status is ok.
              status    {round: the round asked for, status: a word of the closed list}
     counts   {correct, total}: two finite numbers that the ledger committed, in place of the
              adapter, in answer to a request for an evaluation
+    secure   message   bytes that the ledger wrote down as a message of secure aggregation
     metadata the request's own numbers, mirrored; no name, no error text, no time of the site
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -23,6 +26,7 @@ from fedgraft_common.messages import (
     ADAPTER,
     COUNTS,
     ROUND,
+    SECURE,
     STATUS,
     Counts,
     Status,
@@ -30,6 +34,7 @@ from fedgraft_common.messages import (
     digest,
     from_record,
     read_counts,
+    read_secure,
 )
 from fedgraft_common.packing import PACKAGE, is_packed, pack, unpack
 
@@ -109,6 +114,44 @@ def guard_counts(
         raise _stopped(error.field, error.value, error.allowed) from None
     if committed is None or found != committed:
         raise _stopped("counts", found[:16], "those that the ledger committed")
+    return reply
+
+
+def guard_secure(
+    reply: Message,
+    request: Message,
+    number: int,
+    committed: Callable[[str], bool] = lambda _: False,
+) -> Message:
+    """The same for a step of secure aggregation: public keys, or shares of secrets of masks.
+
+    What is in such a message is a function of the site's keys and of random secrets, never of a
+    record; it leaves only as the ledger has written it down.
+
+    Args:
+        reply: what is about to leave.
+        request: what it answers.
+        number: the round that was asked for.
+        committed: whether the ledger holds a message with this SHA-256.
+
+    Raises:
+        EgressError: it holds anything but a status and such a message.
+    """
+    word = _status(reply, request, number, SECURE)
+    record = reply.content.config_records.get(SECURE)
+    if record is None:
+        raise _stopped("reply", "records of another kind", "two configurations")
+    if word != Status.OK:
+        if len(record):
+            raise _stopped(SECURE, f"{len(record)} entries", f"none with status {word}")
+        return reply
+    try:
+        message = read_secure(record)
+    except FedgraftError as error:
+        raise _stopped(error.field, error.value, error.allowed) from None
+    found = hashlib.sha256(message).hexdigest()
+    if len(message) > MAXIMUM_BYTES or not committed(found):
+        raise _stopped(SECURE, found[:16], "a message that the ledger holds")
     return reply
 
 

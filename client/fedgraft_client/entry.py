@@ -33,8 +33,9 @@ class Kind(StrEnum):
     RESERVE = "reserve"  # a mechanism is about to see private data; spent from here on
     COMMIT = "commit"  # its output is stored and may leave, as often as it is asked for
     VOID = "void"  # it never saw any; nothing is spent
-    APPROVE = "approve"  # the operator agrees to a plan
+    APPROVE = "approve"  # a plan is agreed to, by the operator or by the policy
     SEAL = "seal"  # the head was refitted without noise: this run is over for good
+    SECURE = "secure"  # a message of secure aggregation may leave; its state is stored with it
     RECOVER = "recover"  # entries were lost and put back, or charged, from the witness
 
 
@@ -234,6 +235,15 @@ def evaluation_of(plan: str) -> str:
     return f"{plan}/evaluate"
 
 
+SETUP, ROUNDS = "setup", "rounds"
+"""The two halves of a site's state in secure aggregation, as entries that store them call them."""
+
+
+def secure_state_of(plan: str, half: str) -> str:
+    """The name of half of a plan's state in secure aggregation among the stored rounds."""
+    return f"{plan}/secure/{half}"
+
+
 def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
     """Entry that committed the newest output of each plan; none where lines were put back."""
     known = {e.seq: e for e in entries}
@@ -241,6 +251,11 @@ def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
     for entry in entries:
         if entry.kind is Kind.COMMIT and (reserve := known.get(int(entry.body["reserve"]))):
             newest[output_of(reserve.body)] = entry.seq
+            if ROUNDS in entry.body:
+                newest[secure_state_of(str(reserve.body["plan"]), ROUNDS)] = entry.seq
+        elif entry.kind is Kind.SECURE:
+            for half in {SETUP, ROUNDS} & entry.body.keys():
+                newest[secure_state_of(str(entry.body["plan"]), half)] = entry.seq
         elif entry.kind is Kind.RECOVER and "restored" in entry.body:
             first = entry.seq - int(entry.body["restored"])
             newest = {plan: seq for plan, seq in newest.items() if seq < first}

@@ -10,7 +10,8 @@ private record is touched, and the first exact method in the list is used:
     vmap    torch.func: each record alone, vectorised
     loop    each record alone, one after the other: the definition
 
-Shapes: N records; a per-example gradient has shape (N, *parameter.shape), float32.
+Shapes: N records; a per-example gradient has shape (N, *parameter.shape), float32. What a label is
+depends on the task: a class index (N,) int64, or any tensor with N records first.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from fedgraft_common.errors import FedgraftError, GradientError
 
 TOLERANCE = 1e-4  # largest allowed error, relative to the record's whole gradient
 CHECK_RECORDS = 3
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A task's loss of each record, (N,), from what the model gives and labels, N records first both.
+
+A record's loss must depend on that record alone."""
+
+
+def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each record, (N,), from logits (N, K) and labels (N,) int64."""
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 class Engine(Protocol):
@@ -38,7 +48,7 @@ class Engine(Protocol):
     name: str
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
-        """Computes the gradients of N >= 1 records with labels (N,) int64."""
+        """Computes the gradients of N >= 1 records with their labels."""
 
     def close(self) -> None:
         """Leaves the model as it was found."""
@@ -54,17 +64,23 @@ class Hooks:
 
     name = "hooks"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss: Loss = class_loss) -> None:
         self._model = model
+        self._loss = loss
         self._parameters = list(trained(model).values())  # a walk over all modules, done once
         self._attach()
 
     def _attach(self) -> None:
         from opacus.grad_sample import GradSampleHooks
 
-        self._hooks = GradSampleHooks(
-            self._model, batch_first=True, loss_reduction="sum", strict=False
-        )
+        try:
+            self._hooks = GradSampleHooks(
+                self._model, batch_first=True, loss_reduction="sum", strict=False
+            )
+        except BaseException:  # what was attached before it failed would spoil the next engine
+            for handle in self._model.__dict__.pop("autograd_grad_sample_hooks", []):
+                handle.remove()
+            raise
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
         try:
@@ -80,7 +96,7 @@ class Hooks:
             parameter.grad_sample = None  # type: ignore[attr-defined]
         with warnings.catch_warnings():  # no input needs a gradient: that is what frozen means
             warnings.filterwarnings("ignore", message=".*[Ff]ull backward hook.*")
-            loss = functional.cross_entropy(self._model(*cached), labels, reduction="sum")
+            loss = self._loss(self._model(*cached), labels).sum()
             torch.autograd.backward(loss, inputs=parameters)
         for parameter in parameters:
             parameter.grad = None
@@ -96,17 +112,17 @@ class Vmap:
 
     name = "vmap"
 
-    def __init__(self, model: nn.Module) -> None:
-        def loss(
+    def __init__(self, model: nn.Module, loss: Loss = class_loss) -> None:
+        def objective(
             parameters: dict[str, torch.Tensor], cached: Cached, label: torch.Tensor
         ) -> torch.Tensor:
             one = tuple(tensor.unsqueeze(0) for tensor in cached)
-            logits = functional_call(model, parameters, one)
-            return functional.cross_entropy(logits, label.unsqueeze(0))
+            output = functional_call(model, parameters, one)
+            return loss(output, label.unsqueeze(0)).sum()
 
         self._model = model
         self._gradient: Callable[..., dict[str, torch.Tensor]] = vmap(
-            grad(loss), in_dims=(None, 0, 0)
+            grad(objective), in_dims=(None, 0, 0)
         )
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
@@ -127,15 +143,16 @@ class Loop:
 
     name = "loop"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss: Loss = class_loss) -> None:
         self._model = model
+        self._loss = loss
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
         parameters = list(trained(self._model).values())
         rows: list[list[torch.Tensor]] = [[] for _ in parameters]
         for i in range(len(labels)):
             one = tuple(tensor[i : i + 1] for tensor in cached)
-            loss = functional.cross_entropy(self._model(*one), labels[i : i + 1])
+            loss = self._loss(self._model(*one), labels[i : i + 1]).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for row, parameter, gradient in zip(rows, parameters, gradients, strict=True):
                 row.append(torch.zeros_like(parameter) if gradient is None else gradient)
@@ -146,7 +163,7 @@ class Loop:
         pass
 
 
-ENGINES: tuple[Callable[[nn.Module], Engine], ...] = (Hooks, Vmap, Loop)
+ENGINES: tuple[Callable[[nn.Module, Loss], Engine], ...] = (Hooks, Vmap, Loop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +187,7 @@ class Verdict:
 
 
 def choose_engine(
-    model: nn.Module, cached: Cached, classes: int
+    model: nn.Module, cached: Cached, labels: torch.Tensor, loss: Loss = class_loss
 ) -> tuple[Engine, tuple[Verdict, ...]]:
     """The first exact engine for a model, found on synthetic records.
 
@@ -178,9 +195,10 @@ def choose_engine(
     start (zero head, LoRA's B zero) most gradients vanish and an error would not show.
 
     Args:
-        model: maps cached tensors to logits (N, classes).
+        model: maps cached tensors to what the loss takes, such as logits (N, K).
         cached: what the prefix keeps for a few synthetic records.
-        classes: K.
+        labels: of these records, on the same device.
+        loss: of the task.
 
     Returns:
         The engine, attached and ready, and the verdict on each engine tried.
@@ -189,7 +207,6 @@ def choose_engine(
         GradientError: no engine agrees with the definition, or the definition is not
             deterministic (dropout that cannot be turned off, for example).
     """
-    labels = torch.arange(len(cached[0]), device=cached[0].device) % classes
     parameters = trained(model)
     own = {name: p.detach().clone() for name, p in parameters.items()}
     generator = torch.Generator().manual_seed(0)
@@ -199,9 +216,9 @@ def choose_engine(
             parameter.add_(0.3 * noise)
     verdicts: list[Verdict] = []
     try:
-        truth = _gradients(Loop(model), model, cached, labels)
+        truth = _gradients(Loop(model, loss), model, cached, labels)
         for make in ENGINES:
-            engine, verdict = _try(make, model, cached, labels, truth)
+            engine, verdict = _try(make, model, cached, labels, loss, truth)
             verdicts.append(verdict)
             if engine is not None and verdict.exact:
                 return engine, tuple(verdicts)
@@ -230,16 +247,17 @@ def _gradients(
 
 
 def _try(
-    make: Callable[[nn.Module], Engine],
+    make: Callable[[nn.Module, Loss], Engine],
     model: nn.Module,
     cached: Cached,
     labels: torch.Tensor,
+    loss: Loss,
     truth: torch.Tensor,
 ) -> tuple[Engine | None, Verdict]:
     name = getattr(make, "name", str(make))
     engine: Engine | None = None
     try:
-        engine = make(model)
+        engine = make(model, loss)
         found = _gradients(engine, model, cached, labels)
         error = float(((found - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-12)).max())
     except FedgraftError:

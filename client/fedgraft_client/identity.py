@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedgraft_client.secure_member import Membership
 from fedgraft_common.atomic import write_atomically
 from fedgraft_common.certificates import (
     certificate_pem,
@@ -44,6 +45,7 @@ from fedgraft_common.certificates import (
 )
 from fedgraft_common.errors import IdentityError
 from fedgraft_common.invite import Invite, SiteName
+from fedgraft_common.site_signature import SiteKey, Trust
 
 _TIMEOUT: Final = 20.0  # seconds
 _MAX_ANSWER: Final = 64 * 1024  # bytes
@@ -85,6 +87,11 @@ class Identity:
         """As Flower's connection takes them."""
         return self.node_private_key, self.node_private_key.public_key()
 
+    @property
+    def membership(self) -> Membership:
+        """What this site needs for secure aggregation."""
+        return Membership(self.site_key(), lambda: self.trust(dt.datetime.now(dt.UTC)))
+
     def ssl_context(self) -> ssl.SSLContext:
         """Mutual TLS 1.3: trusts the federation's CA and nothing else, shows the certificate.
 
@@ -93,6 +100,31 @@ class Identity:
         context = _trusting(cadata=read_pem(self.directory / "ca.pem").decode("ascii"))
         context.load_cert_chain(self.directory / "site.pem", self.directory / "site.key")
         return context
+
+    def site_key(self) -> SiteKey:
+        """What the site signs with towards its peers: the key of its certificate.
+
+        Raises:
+            IdentityError: missing, or not the certificate's.
+        """
+        key = read_private_key(self.directory / "site.key")
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise IdentityError(
+                str(self.directory / "site.key"), "another kind of key", "an EC P-256 key", _AGAIN
+            )
+        return SiteKey(self.facts.site, read_certificate(self.directory / "site.pem"), key)
+
+    def trust(self, now: dt.datetime, pinned: Mapping[str, str] | None = None) -> Trust:
+        """Whose signatures count among its peers.
+
+        Args:
+            now: the time, with time zone.
+            pinned: key fingerprints that this site knows, by name of the peer.
+
+        Raises:
+            IdentityError: the CA's certificate is missing.
+        """
+        return Trust(read_certificate(self.directory / "ca.pem"), now, pinned or {})
 
 
 def join(

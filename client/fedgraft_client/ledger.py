@@ -26,22 +26,25 @@ another disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from filelock import FileLock, Timeout
 
 from fedgraft_client.entry import (
     GENESIS,
+    ROUNDS,
+    SETUP,
     Charge,
     Entry,
     Kind,
@@ -50,12 +53,14 @@ from fedgraft_client.entry import (
     find_faults,
     newest_commits,
     output_of,
+    secure_state_of,
     spent,
 )
 from fedgraft_client.ledger_key import signing_key
 from fedgraft_client.witness import Witness
 from fedgraft_common.accounting import SamplingEvent, merge
 from fedgraft_common.errors import LedgerError, SealedError
+from fedgraft_common.secure_aggregation import SiteState
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -68,6 +73,9 @@ CREATE TABLE IF NOT EXISTS rounds (
     seq INTEGER NOT NULL
 ) STRICT;
 """
+
+
+Approver = Literal["operator", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,15 @@ class Ledger:
         nonce = secrets.token_hex(8)  # two branches of a history never hold the same line
         return self._append(Kind.RESERVE, charge.body() | {"nonce": nonce}).seq
 
-    def commit(self, reservation: int, plan: str, number: int, digest: str, content: bytes) -> None:
+    def commit(
+        self,
+        reservation: int,
+        plan: str,
+        number: int,
+        digest: str,
+        content: bytes,
+        state: SiteState | None = None,
+    ) -> None:
         """Stores a round's output and, in the same transaction, that it may leave.
 
         Args:
@@ -198,9 +214,84 @@ class Ledger:
             number: of the round.
             digest: SHA-256 of the reply, in hexadecimal.
             content: head and reply.
+            state: in secure aggregation, what the site has given so far, this reply included.
         """
-        body = {"reserve": reservation, "reply": digest}
-        self._append(Kind.COMMIT, body, (plan, number, digest, content))
+        body: dict[str, Any] = {"reserve": reservation, "reply": digest}
+        outputs = [(plan, number, digest, content)]
+        if state is not None:
+            body[ROUNDS] = hashlib.sha256(state.rounds).hexdigest()
+            outputs.append((secure_state_of(plan, ROUNDS), number, body[ROUNDS], state.rounds))
+        self._append(Kind.COMMIT, body, outputs)
+
+    def keep_secure(self, plan: str, number: int, step: str, reply: str, state: SiteState) -> None:
+        """Stores a state of secure aggregation and, with it, that its message may leave.
+
+        Args:
+            plan: hash of the plan.
+            number: of the round.
+            step: of the protocol.
+            reply: SHA-256 of the message, in hexadecimal.
+            state: after the step. Its set-up is written only if it has changed.
+        """
+        body: dict[str, Any] = {"plan": plan, "round": number, "step": step, "reply": reply}
+        outputs = []
+        before = self.secure_state(plan)
+        halves = [(SETUP, state.setup), (ROUNDS, state.rounds)]
+        if before is not None and before.setup == state.setup:
+            halves = halves[1:]
+        for half, content in halves:
+            body[half] = hashlib.sha256(content).hexdigest()
+            outputs.append((secure_state_of(plan, half), number, body[half], content))
+        self._append(Kind.SECURE, body, outputs)
+
+    def secure_state(self, plan: str) -> SiteState | None:
+        """The newest state of secure aggregation of a plan, held against the signed entries.
+
+        Raises:
+            LedgerError: what is stored is not what was written down.
+        """
+        setup, rounds = (self._secure_half(plan, half) for half in (SETUP, ROUNDS))
+        return None if setup is None or rounds is None else SiteState(setup, rounds)
+
+    def _secure_half(self, plan: str, half: str) -> bytes | None:
+        name = secure_state_of(plan, half)
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT digest, content, seq FROM rounds WHERE plan = ?", (name,)
+            ).fetchone()
+            if row is None:
+                return None
+            digest, content, seq = row
+            found = read_entries(connection, f"WHERE seq = {int(seq)}")
+        said = found[0].body.get(half) if found and found[0].is_signed_by(self.public_key) else None
+        if said != digest or hashlib.sha256(content).hexdigest() != digest:
+            raise LedgerError(
+                f"{self.path}: state of secure aggregation", "not what was written down",
+                "the state that the signed entry names",
+                "It is not used. Restore the ledger from a backup, then "
+                "`fedgraft ledger recover`.",
+            )  # fmt: skip
+        return bytes(content)
+
+    def may_leave(self, plan: str, reply: str) -> bool:
+        """Whether a message of secure aggregation with this SHA-256 was written down."""
+        query = (
+            "SELECT 1 FROM entries WHERE kind = ? AND json_extract(body, '$.plan') = ? "
+            "AND json_extract(body, '$.reply') = ?"
+        )
+        with self._reading() as connection:
+            found = connection.execute(query, (Kind.SECURE.value, plan, reply)).fetchone()
+        return found is not None
+
+    def last_trained(self, plan: str) -> int:
+        """The last round of a plan that was reserved for training; 0 if there is none."""
+        query = (
+            "SELECT max(json_extract(body, '$.round')) FROM entries WHERE kind = ? "
+            "AND json_extract(body, '$.plan') = ? AND json_extract(body, '$.purpose') = 'train'"
+        )
+        with self._reading() as connection:
+            (last,) = connection.execute(query, (Kind.RESERVE.value, plan)).fetchone()
+        return int(last or 0)
 
     def void(self, reservation: int) -> None:
         """Takes a reservation back. Only for one whose round never sampled a private record."""
@@ -260,13 +351,20 @@ class Ledger:
 
     # -- what the operator says
 
-    def approve(self, plan: str, name: str) -> None:
-        """Writes down that the operator agrees to a plan."""
-        self._append(Kind.APPROVE, {"plan": plan, "run": name})
+    def approve(self, plan: str, name: str, by: Approver = "operator") -> None:
+        """Writes down, once, that a plan is agreed to: by the operator, or by their policy."""
+        if not self.approved(plan, by):
+            self._append(Kind.APPROVE, {"plan": plan, "run": name, "by": by})
 
-    def approved(self, plan: str) -> bool:
-        """Whether a plan was approved."""
-        return self._said(Kind.APPROVE, plan)
+    def approved(self, plan: str, by: Approver = "operator") -> bool:
+        """Whether a plan was agreed to."""
+        query = (
+            "SELECT 1 FROM entries WHERE kind = ? AND json_extract(body, '$.plan') = ? "
+            "AND coalesce(json_extract(body, '$.by'), 'operator') = ?"
+        )
+        with self._reading() as connection:
+            found = connection.execute(query, (Kind.APPROVE.value, plan, by)).fetchone()
+        return found is not None
 
     def seal(self, plan: str) -> None:
         """Ends a run at this site: its head has been fitted without noise."""
@@ -301,7 +399,10 @@ class Ledger:
     # -- storage
 
     def _append(
-        self, kind: Kind, body: Mapping[str, Any], output: tuple[str, int, str, bytes] | None = None
+        self,
+        kind: Kind,
+        body: Mapping[str, Any],
+        outputs: Sequence[tuple[str, int, str, bytes]] = (),
     ) -> Entry:
         with self._transaction() as connection:
             last = read_entries(connection, "ORDER BY seq DESC LIMIT 1")
@@ -311,8 +412,7 @@ class Ledger:
             now = max(int(self._clock()), then)
             entry = Entry.signed(seq + 1, now, kind, body, previous, self._key)
             _insert(connection, entry)
-            if output is not None:
-                connection.execute(_STORE, (*output, entry.seq))
+            connection.executemany(_STORE, [(*output, entry.seq) for output in outputs])
         if self._durable:
             self._count(entry)
             if self._witness is not None:
@@ -385,8 +485,12 @@ class Ledger:
                     f"the output of entry {seq}, the newest commit",
                     "Restore the ledger from a backup, then `fedgraft ledger recover`.",
                 )  # fmt: skip
-        for plan in stored:
-            self.finished(plan)
+        for name in stored:
+            plan, _, half = name.partition("/secure/")
+            if half:
+                self._secure_half(plan, half)
+            else:
+                self.finished(name)
 
     def _compare(self, seen: list[Entry], recover: bool) -> None:
         """Compares the file with what the witness remembers."""

@@ -51,6 +51,17 @@ class Policy(Section):
     mechanisms: tuple[Literal["local", "distributed"], ...] = Field(
         default=("local",), description="Mechanisms a plan may use."
     )
+    minimum_sites: int = Field(
+        default=2,
+        ge=2,
+        description="Least number of sites in a run with the distributed mechanism.",
+    )
+    minimum_honest_sites: int = Field(
+        default=2,
+        ge=1,
+        description="Least h of such a run: sites less tolerated dropouts and colluders, those "
+        "whose noise the promise rests on.",
+    )
     backbones: tuple[str, ...] = Field(
         default=("any",),
         description="SHA-256 of the weights allowed, in hexadecimal; `signer:KEY`, whatever the "
@@ -115,6 +126,8 @@ def check_plan(
     """
     privacy = plan.privacy
     _one_of("privacy.mechanism", privacy.mechanism, policy.mechanisms, "mechanisms")
+    if privacy.mechanism == "distributed":
+        _check_company(policy, plan)
     if privacy.unit != unit:
         raise _broken("privacy.unit", privacy.unit, f"{unit}, what this site protects", "data.unit")
     if privacy.delta > policy.maximum_delta:
@@ -137,6 +150,20 @@ def check_plan(
     if plan.evaluations and not policy.release_evaluation:
         raise _broken("evaluation.every", plan.evaluation.every, "0", "release_evaluation")
     _check_backbone(policy, plan, signer)
+
+
+def _check_company(policy: Policy, plan: Plan) -> None:
+    """Among how many others a sum hides, and on how many of them its noise rests."""
+    sites, honest = plan.aggregation.sites or 0, plan.noise_shares
+    if sites < policy.minimum_sites:
+        raise _broken(
+            "aggregation.sites", sites, f"at least {policy.minimum_sites}", "minimum_sites"
+        )
+    if honest < policy.minimum_honest_sites:
+        raise _broken(
+            "aggregation.sites less tolerated dropouts and colluders", honest,
+            f"at least {policy.minimum_honest_sites}", "minimum_honest_sites",
+        )  # fmt: skip
 
 
 def _check_backbone(policy: Policy, plan: Plan, signer: str | None) -> None:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from randomgen import ChaCha
 
+from fedgraft_common.discrete_gaussian import DiscreteGaussian
 from fedgraft_common.errors import PrivacyError
 
 _CHUNK = 1 << 16  # 512 KiB of float64, which stays in the processor's cache.
@@ -36,7 +37,7 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class NoiseSource:
-    """Gaussian noise and Poisson samples from one private ChaCha20 stream.
+    """Gaussian noise, discrete or not, and Poisson samples from one private ChaCha20 stream.
 
     Make one with `from_operating_system` (real data) or `for_simulation` (reproducible). A
     source made from the operating system never repeats a stream: a forked child draws a new key
@@ -108,6 +109,19 @@ class NoiseSource:
                     chunk += generator.standard_normal(out=buffer[: chunk.size])
             total *= std / 2
         return torch.from_numpy(total).reshape(tuple(shape))
+
+    def discrete_gaussian(self, size: int, sampler: DiscreteGaussian) -> NDArray[np.int64]:
+        """Independent samples of N_Z(0, sampler.std^2): (size,) int64.
+
+        Guarantee: added to integers, this is what `fedgraft_common.discrete_gaussian` proves of
+        it, from independent uniform words of this stream. Integer arithmetic only: there are no
+        gaps between floating-point numbers to read anything from.
+
+        Raises:
+            PrivacyError: this is a forked copy of a simulated source.
+        """
+        bits: ChaCha = self._fresh_generator().bit_generator
+        return sampler.sample(size, bits.random_raw)
 
     def poisson_sample(self, size: int, rate: float) -> NDArray[np.int64]:
         """Sorted indices of a Poisson sample: each of `size` units is in with probability `rate`.

@@ -24,16 +24,21 @@ from flwr.app import Message
 from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
-from fedgraft_client.egress import digest_counts, guard, guard_counts
+from fedgraft_client.egress import digest_counts, guard, guard_counts, guard_secure
 from fedgraft_client.entry import Charge, Purpose, evaluation_of
 from fedgraft_client.evaluation import exact_counts, noised
-from fedgraft_client.head import LinearHead, initial_head
+from fedgraft_client.head import LinearHead
 from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import BENCHES, Runtime, Workbench
+from fedgraft_client.secure_member import Membership, SecureMember
 from fedgraft_client.store import SiteStore
+from fedgraft_client.task_head import start_head
+from fedgraft_client.tasks import Task, build_task
+from fedgraft_client.tasks.alignment import aligned
+from fedgraft_client.tasks.task import no_count
 from fedgraft_client.training import train_round
 from fedgraft_client.units import unit_index
 from fedgraft_common.accounting import SamplingEvent
@@ -51,6 +56,7 @@ from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import (
     Counts,
     Request,
+    SecureStep,
     Status,
     Tensors,
     check_range,
@@ -60,9 +66,12 @@ from fedgraft_common.messages import (
     to_record,
     write_counts,
     write_reply,
+    write_secure,
 )
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_common.secure_terms import context_of, masked_schema, to_tensors, to_vector
 from fedgraft_common.signing import check_signature
+from fedgraft_common.task_spec import TaskSpec
 
 log = logging.getLogger(__name__)
 REMEMBERED = 32  # plans whose check and calibration are kept; more are worked out again
@@ -75,14 +84,22 @@ class SiteConfig:
     Attributes:
         name: how the operator calls it; stays at the site.
         classes: names of its classes, from its own label map or the plan, never from its data.
+            Empty if the task has none.
         nominal_size: the number of units it declares in public; q = B / nominal_size.
         simulated: draw reproducible noise from the plan's seed. No privacy; refused by a daemon.
+        task: what it predicts; None: which of the classes.
     """
 
     name: str
     classes: tuple[str, ...]
     nominal_size: int
     simulated: bool = False
+    task: TaskSpec | None = None
+
+    @property
+    def spec(self) -> TaskSpec:
+        """What the site predicts."""
+        return self.task or TaskSpec(classes=self.classes)
 
 
 class Site:
@@ -97,6 +114,7 @@ class Site:
         clock: local time.
         held_out: records of other units, counted by released evaluations.
         operator_key: the federation operator's; a plan without their signature is then refused.
+        membership: key and trust for secure aggregation; without it such plans are refused.
 
     Raises:
         DataError: the records cannot be used.
@@ -112,34 +130,41 @@ class Site:
         clock: Callable[[], datetime] = datetime.now,
         held_out: Records | None = None,
         operator_key: Ed25519PublicKey | None = None,
+        membership: Membership | None = None,
     ) -> None:
-        check_records(records, config.classes, config.name)
+        task = build_task(config.spec, where=f"site {config.name}")
+        check_records(records, task, config.name)
         self.config = config
         if held_out is not None:
-            check_records(held_out, config.classes, f"{config.name}, held out")
+            check_records(held_out, task, f"{config.name}, held out")
         self.records = records
         self.held_out = held_out
         self.operator_key = operator_key
+        self.membership = membership
         self.runtime = runtime
         self.store = store
         self.policy = Policy() if policy is None and not config.simulated else policy
         self.last_error: Exception | None = None
         self._clock = clock
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
+        self._labels: dict[int, tuple[Workbench, torch.Tensor]] = {}
         self._held_out_cache: tuple[Workbench, Cached] | None = None
         self._runs: dict[int, str] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
+        self._members: dict[str, SecureMember] = {}
 
     def answer(self, message: Message) -> Message:
         """The reply to one round's request: adapter, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
-            adapter = self._adapter(request, bench)
-            update = to_record(self._round(bench, plan, step, request.round, adapter))
+            bench = self.bench(plan)
+            update = to_record(self._round(bench, plan, step, request))
             reply = write_reply(message, request.round, Status.OK, update)
             committed = self._committed(plan.hash, request.round)
-            return guard(reply, message, request.round, bench.adapted.schema, committed)
+            schema = bench.adapted.schema
+            if plan.secure:
+                schema = masked_schema(schema, bench.fixed_point(plan).bits)
+            return guard(reply, message, request.round, schema, committed)
 
         def refuse(number: int, status: Status) -> Message:
             return guard(write_reply(message, number, status), message, number)
@@ -150,7 +175,7 @@ class Site:
         """The reply to a request for an evaluation: two noised counts, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
+            bench = self.bench(plan)
             adapter = self._adapter(request, bench)
             counts = self._counts(bench, plan, step, request.round, adapter)
             reply = write_counts(message, request.round, Status.OK, counts)
@@ -162,11 +187,25 @@ class Site:
 
         return self._contain(message, work, refuse)
 
+    def secure(self, kind: SecureStep, message: Message) -> Message:
+        """The reply to a step of secure aggregation beside a round: its message, round, status."""
+
+        def work(request: Request, plan: Plan, step: StepNoise) -> Message:
+            member = self._member(plan, self.bench(plan))
+            answer = member.answer(kind, request.round, request.secure)
+            reply = write_secure(message, request.round, Status.OK, answer)
+            return guard_secure(reply, message, request.round, member.may_leave)
+
+        def refuse(number: int, status: Status) -> Message:
+            return guard_secure(write_secure(message, number, status), message, number)
+
+        return self._contain(message, work, refuse)
+
     def keep_final(self, message: Message) -> Message:
         """The reply to the run's last message: the final adapter is kept for the refit."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
+            bench = self.bench(plan)
             adapter = self._adapter(request, bench)
             self.store.save_final(plan, adapter)
             return refuse(request.round, Status.KEPT)
@@ -203,7 +242,8 @@ class Site:
         except Exception as error:
             self.last_error, status = error, Status.FAILED
             log.debug("site %s, round %d", self.config.name, number, exc_info=True)
-        log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
+        facts = {"action": "refuse", "round": number or None, "site": self.config.name}
+        log.warning("%s: %s", status, self.last_error, extra=facts)
         return refuse(number, status)
 
     def _committed(self, output: str, number: int) -> str | None:
@@ -262,13 +302,22 @@ class Site:
             PrivacyError: it cannot be met here.
             PolicyError: the site's own rules do not allow it, or it costs too much.
         """
-        if plan.privacy.mechanism != "local" and not self.config.simulated:
+        if plan.privacy.mechanism == "none" and not self.config.simulated:
             raise PrivacyError(
-                "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
-                "Without secure aggregation the server would see this site's own sum with "
-                "little noise or none; simulate the plan instead.",
+                "privacy.mechanism", "none", "local or distributed, at a site with real data",
+                "Only a simulation runs without DP.",
+            )  # fmt: skip
+        if plan.privacy.mechanism == "distributed" and not (plan.secure or self.config.simulated):
+            raise PrivacyError(
+                "privacy.secure_aggregation", plan.privacy.secure_aggregation,
+                "real, at a site with real data",
+                "The server would see this site's own sum with little noise; simulate the plan "
+                "instead.",
             )  # fmt: skip
         step = self.step(plan)
+        task = self.task(plan)
+        if plan.evaluations and not task.countable:
+            raise no_count(task, "its answers are not right or wrong record by record")
         if self.policy is None:
             return step
         key = self.operator_key
@@ -282,6 +331,8 @@ class Site:
             )  # fmt: skip
         if not self._took_part(plan):
             self._check_whole(plan, step)
+        if self.policy.approval == "automatic":
+            self.store.ledger.approve(plan.hash, plan.name, by="policy")
         return step
 
     def _check_whole(self, plan: Plan, step: StepNoise) -> None:
@@ -302,8 +353,9 @@ class Site:
                 "Nothing was spent. Ask for a plan that costs less, or allow partial runs.",
             )  # fmt: skip
         log.warning(
-            "site %s: the budget pays %d of %d rounds of %s; the site leaves after that",
-            self.config.name, rounds, plan.rounds.count, plan.name,
+            "the budget pays %d of %d rounds of %s; the site leaves after that",
+            rounds, plan.rounds.count, plan.name,
+            extra={"action": "budget", "site": self.config.name},
         )  # fmt: skip
 
     def cost(self, plan: Plan) -> Cost:
@@ -321,10 +373,35 @@ class Site:
         unit_index(plan, self.records.units, self.config.name)  # refuses a column it lacks
         return step_noise(plan, self.config.nominal_size, self.config.name)
 
-    def _round(
-        self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
-    ) -> Tensors:
-        head = initial_head(plan, self.config.classes, bench.adapted.feature_dim)
+    def _member(self, plan: Plan, bench: Workbench) -> SecureMember:
+        """This site in the plan's secure aggregation.
+
+        Raises:
+            MessageError: the plan has none.
+            PrivacyError: this site has no certificate.
+        """
+        if not plan.secure:
+            raise MessageError(
+                "request", "a step of secure aggregation", "none: the plan has no such mechanism",
+                "The server does not follow its own plan.",
+            )  # fmt: skip
+        if self.membership is None:
+            raise PrivacyError(
+                "privacy.secure_aggregation", "real", "summed, at a site without a certificate",
+                "Join a federation first: the certificate signs the site's keys.",
+            )  # fmt: skip
+        if plan.hash not in self._members:
+            while len(self._members) >= BENCHES:
+                self._members.pop(next(iter(self._members)))
+            field = bench.fixed_point(plan)
+            self._members[plan.hash] = SecureMember(
+                plan, field.length, field.bits, self.store.ledger, self.membership
+            )
+        return self._members[plan.hash]
+
+    def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
+        number, adapter = request.round, self._adapter(request, bench)
+        head = self.start_head(plan)
         finished, update = self.store.last_round(plan, head)
         if number == finished:
             return update  # the request came again: the same bytes, no second look at the data
@@ -338,8 +415,13 @@ class Site:
                 "adapter", "another start", "the initial adapter that the plan's seed gives",
                 "Server and site run different versions, or the server is not honest.",
             )  # fmt: skip
+        member = self._member(plan, bench) if plan.secure else None
+        if member is not None and request.secure:
+            member.accept(number, request.secure)
+        if member is not None:
+            member.check(number)
         noise = self._noise("round", plan, number)
-        cached, labels = self.cached(bench), self.records.labels
+        cached, labels = self.cached(bench), self.labels(bench)
         bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
         reservation = None
         if step.event is not None:  # without DP, in a simulation, there is nothing to account
@@ -354,7 +436,13 @@ class Site:
             if reservation is not None and noise.untouched:  # no batch was ever drawn
                 self.store.ledger.void(reservation)
             raise
-        self.store.save_round(plan, number, head, update, reservation)
+        state = None
+        if member is not None:
+            schema, context = bench.adapted.schema, context_of(plan, number, request.adapter)
+            values = bench.fixed_point(plan).encode(to_vector(update, schema), noise)
+            masked, state = member.mask(number, values, context)
+            update = to_tensors(masked, schema)
+        self.store.save_round(plan, number, head, update, reservation, state)
         return update
 
     def _counts(
@@ -375,11 +463,13 @@ class Site:
                 "without evaluation.",
             )  # fmt: skip
         if self._held_out_cache is None or self._held_out_cache[0] is not bench:
-            self._held_out_cache = bench, bench.cache(self.held_out.images)
+            self._held_out_cache = bench, bench.cache(self.held_out.inputs)
         noise = self._noise("evaluate", plan, number)
         reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
         features = bench.features(adapter, self._held_out_cache[1])
-        exact = exact_counts(features, self.trained_head(plan), self.held_out)
+        labels = aligned(self.task(plan), self.held_out, bench.adapted.backbone)
+        held_out = replace(self.held_out, labels=labels)
+        exact = exact_counts(features, self.trained_head(plan), held_out)
         counts = noised(exact, step.evaluation.noise_multiplier, noise)
         content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
         self.store.ledger.commit(
@@ -419,21 +509,42 @@ class Site:
         if key not in self._caches:
             while len(self._caches) >= BENCHES:
                 self._caches.pop(next(iter(self._caches)))
-            kept = keep(bench.cache(self.records.images), self.store.directory)
+            kept = keep(bench.cache(self.records.inputs), self.store.directory)
             self._caches[key] = (bench, kept)
         return self._caches[key][1]
 
+    def labels(self, bench: Workbench) -> torch.Tensor:
+        """The labels of the training records, one for each place that this model has."""
+        key = id(bench)
+        if key not in self._labels:
+            while len(self._labels) >= BENCHES:
+                self._labels.pop(next(iter(self._labels)))
+            found = aligned(build_task(self.config.spec), self.records, bench.adapted.backbone)
+            self._labels[key] = (bench, found)
+        return self._labels[key][1]
+
+    def task(self, plan: Plan) -> Task:
+        """What the site predicts, with the plan's weights of classes."""
+        return build_task(self.config.spec, plan.training.class_weights)
+
+    def bench(self, plan: Plan) -> Workbench:
+        """The plan's model, giving the features that this site's head takes."""
+        return self.runtime.workbench(plan, self.task(plan).features)
+
+    def start_head(self, plan: Plan) -> LinearHead:
+        """The head that a run starts with here."""
+        return start_head(plan, self.task(plan), self.bench(plan).adapted)
+
     def trained_head(self, plan: Plan) -> LinearHead:
         """The head as the federation left it: DP-trained, or the fixed prototype."""
-        bench = self.runtime.workbench(plan)
-        head = initial_head(plan, self.config.classes, bench.adapted.feature_dim)
+        head = self.start_head(plan)
         self.store.last_round(plan, head)
         return head
 
     def refit(self, plan: Plan, adapter: Tensors) -> LinearHead:
         """Fits the head to this adapter without noise and seals it. See `refit_head`."""
-        bench = self.runtime.workbench(plan)
+        bench = self.bench(plan)
         features = bench.features(adapter, self.cached(bench))
-        head = refit_head(features, self.records.labels, self.trained_head(plan))
-        self.store.seal(plan, head, self.config.classes)
+        head = refit_head(features, self.labels(bench), self.trained_head(plan))
+        self.store.seal(plan, head)
         return head

@@ -57,8 +57,9 @@ def train_round(
         remember: told when the device had room for a smaller physical batch only.
 
     Returns:
-        local and none: the adapter after the steps. distributed: the site's noisy sum of adapter
-        gradients, which is private only as a part of the sum over sites.
+        local and none: the adapter after the steps. distributed: the site's sum of adapter
+        gradients, which must not leave as it is: with secure aggregation it has no noise yet, the
+        share is added to its integers; summed, it has a share and is private only in the sum.
 
     Raises:
         PrivacyError: the plan protects a column and `units` is None; nothing was drawn.
@@ -72,7 +73,7 @@ def train_round(
         {
             "params": list(bench.adapted.adapter.values()),
             "lr": plan.training.learning_rate * scale,
-            "noise_std": step.adapter_std,
+            "noise_std": 0.0 if plan.secure else step.adapter_std,
         },
         {
             "params": [p for p in model.head.parameters() if p.requires_grad],

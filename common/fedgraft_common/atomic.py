@@ -38,6 +38,13 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
             os.close(directory)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes had begun to write here; only where nobody else writes now."""
+    for suffix in ("tmp", "new"):
+        for file in directory.glob(f".*.*.{suffix}"):
+            file.unlink(missing_ok=True)
+
+
 def write_new(path: Path, content: bytes, durable: bool = True) -> bool:
     """Writes a file whole, unless there is one: of several processes exactly one succeeds.
 

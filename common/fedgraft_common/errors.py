@@ -5,6 +5,7 @@
     ├── PrivacyError      a privacy parameter that cannot be met
     ├── BackboneError     a backbone directory, manifest or weights file
     ├── AdapterError      an adapter method or target that does not fit the backbone
+    ├── ExportError       an adapted model in a format that cannot hold it
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DeviceError       a site's machine: memory, disk
     ├── DataError         a site's records
@@ -16,6 +17,7 @@
     │   └── SealedError       the site has left this run for good
     ├── EgressError       something that must not leave a site was about to
     ├── MessageError      what arrived over the network
+    ├── AggregationError  a secure sum that cannot be finished
     ├── LinkError         the connection between a site and the server
     ├── CheckpointError   a server checkpoint or a site's store
     ├── IdentityError     an invite, a certificate, a key, or who may connect
@@ -68,6 +70,10 @@ class AdapterError(FedgraftError):
     """An adapter does not fit its backbone."""
 
 
+class ExportError(FedgraftError):
+    """An adapted model cannot be written in another format."""
+
+
 class GradientError(FedgraftError):
     """No available method computes exact per-example gradients for this model."""
 
@@ -110,6 +116,10 @@ class EgressError(FedgraftError):
 
 class MessageError(FedgraftError):
     """A message does not follow the protocol."""
+
+
+class AggregationError(FedgraftError):
+    """A secure sum cannot be finished; no site's input has been revealed."""
 
 
 class LinkError(FedgraftError):

@@ -11,6 +11,9 @@ stays within (epsilon, delta):
                   sigma * C from the h sites that neither dropped out nor collude, so one unit's
                   joint contribution of norm at most C passes one Gaussian mechanism. q must be the
                   same everywhere: shares add up to sigma * C only if all sites agree on sigma.
+                  Under secure aggregation the sums are integers and the adapter's noise is
+                  discrete. Rounding enlarges the sensitivity, so all noise is enlarged with it, and
+                  sigma stays the ratio of the two (`fixed_point` has the proof).
 
 A unit is a record, or all records of the site that share a value of `privacy.unit`; units are what
 is sampled, clipped and counted, so none of the above depends on how many records a unit has.
@@ -23,10 +26,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 from fedgraft_common.accounting import SamplingEvent, calibrate_noise_multiplier, epsilon
 from fedgraft_common.errors import PrivacyError
 from fedgraft_common.plan import Plan
+
+MOST_ROUNDING: Final = 0.002
+"""Share of C by which rounding a sum to integers may enlarge its sensitivity."""
+RESERVED: Final = 1e-6
+"""Share of delta set aside for the ends of the tables that integer noise is drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,8 @@ class StepNoise:
     Attributes:
         sample_rate: q.
         clipping_norm: C, infinite without DP.
-        adapter_std: standard deviation of the noise on each coordinate of the adapter sum.
+        adapter_std: standard deviation of the noise on each coordinate of the adapter sum; where
+            sums are integers, `fixed_point` says what it is instead.
         head_std: the same for the head.
         event: what the site's account is charged for the steps of the whole run; None without
             DP.
@@ -104,6 +114,28 @@ def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
     return rate
 
 
+def noise_multiplier(plan: Plan, rate: float) -> float:
+    """Sigma of a step at sample rate q, calibrated to the plan's promise.
+
+    Raises:
+        PrivacyError: the promise cannot be met.
+    """
+    evaluation = _evaluation(plan)
+    return calibrate_noise_multiplier(
+        plan.privacy.epsilon,
+        plan.privacy.delta * (1 - RESERVED if plan.secure else 1),
+        rate,
+        plan.steps,
+        prior=[evaluation] if evaluation else [],
+    )
+
+
+def _evaluation(plan: Plan) -> SamplingEvent | None:
+    if not plan.evaluations:
+        return None
+    return SamplingEvent(1.0, plan.evaluation.noise_multiplier, plan.evaluations)
+
+
 def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
     """Calibrates the noise of one site to the plan's promise.
 
@@ -113,19 +145,10 @@ def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
     rate = sample_rate(plan, nominal_size, site)
     if plan.privacy.mechanism == "none":
         return StepNoise(rate, math.inf, 0.0, 0.0, None)
-    evaluation = (
-        SamplingEvent(1.0, plan.evaluation.noise_multiplier, plan.evaluations)
-        if plan.evaluations
-        else None
-    )
-    sigma = calibrate_noise_multiplier(
-        plan.privacy.epsilon,
-        plan.privacy.delta,
-        rate,
-        plan.steps,
-        prior=[evaluation] if evaluation else [],
-    )
-    full = sigma * plan.privacy.clipping_norm
+    sigma = noise_multiplier(plan, rate)
+    evaluation = _evaluation(plan)
+    rounding = MOST_ROUNDING if plan.secure else 0.0
+    full = sigma * plan.privacy.clipping_norm * (1 + rounding)
     shares = plan.noise_shares if plan.privacy.mechanism == "distributed" else 1
     event = SamplingEvent(rate, sigma, plan.steps)
     adapter_std = full / math.sqrt(shares)

@@ -3,13 +3,19 @@
     request  server -> site   adapter   ArrayRecord   the current adapter
                               plan      ConfigRecord  {plan: canonical JSON, round: int,
                                                        signature: the operator's, hexadecimal}
-    reply    site -> server   adapter   ArrayRecord   adapter (local) or noisy gradient sum
+    reply    site -> server   adapter   ArrayRecord   adapter (local), or gradient sum: noisy
+                                                       (summed) or masked integers (real)
                               status    ConfigRecord  {round: int, status: str}
 
     final    server -> site   the same request, of message type "query", after the last round: the
                               adapter to keep; the reply is a status
     evaluate server -> site   the same request, of message type "evaluate"
     counts   site -> server   counts    MetricRecord  {correct: float, total: float}, noised
+                              status    ConfigRecord  {round: int, status: str}
+    secure   server -> site   a request with one more record, of message type "query.STEP" with a
+                              step of secure aggregation, or a round's; empty adapter but there
+                              secure    ConfigRecord  {message: bytes} (`secure_messages`)
+             site -> server   secure    ConfigRecord  {message: bytes}
                               status    ConfigRecord  {round: int, status: str}
 
 A reply with a status other than `ok` carries an empty adapter or no counts. The reasons behind a
@@ -34,12 +40,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedgraft_common.errors import (
     AdapterError,
+    AggregationError,
     ApprovalError,
     BackboneError,
     BudgetError,
     FedgraftError,
     GradientError,
     HoursError,
+    IdentityError,
     MessageError,
     PlanError,
     PolicyError,
@@ -55,11 +63,26 @@ COUNTS: Final = "counts"
 EVALUATE: Final = "evaluate"
 FINAL: Final = "query"
 SIGNATURE: Final = "signature"
+SECURE: Final = "secure"
+MESSAGE: Final = "message"
 
 Tensors = dict[str, torch.Tensor]
 
 RANGE: Final = 16.0
 """How far an adapter's value may be from the initial one: public, and far beyond any training."""
+
+
+class SecureStep(StrEnum):
+    """The exchanges of secure aggregation beside a round's own, as Flower's query actions."""
+
+    ADVERTISE = "advertise"  # terms -> the site's public keys
+    SHARE = "share"  # everybody's keys -> encrypted shares
+    UNMASK = "unmask"  # whose inputs arrived -> one share of a secret of each site
+
+    @property
+    def message_type(self) -> str:
+        """Flower's message type."""
+        return f"query.{self.value}"
 
 
 class Status(StrEnum):
@@ -87,6 +110,8 @@ _REASONS: tuple[tuple[type[FedgraftError], Status], ...] = (
     (SealedError, Status.SEALED),
     (PolicyError, Status.POLICY),
     (MessageError, Status.MESSAGE),
+    (AggregationError, Status.MESSAGE),
+    (IdentityError, Status.MESSAGE),
     (PlanError, Status.PLAN),
     (PrivacyError, Status.PLAN),
     (AdapterError, Status.PLAN),
@@ -102,7 +127,7 @@ def status_of(error: Exception) -> Status:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, shape and dtype of one tensor that may travel; float32 is the only dtype so far."""
+    """Name, shape and dtype of one tensor that may travel: float32, or uint32 and uint64 masked."""
 
     name: str
     shape: tuple[int, ...]
@@ -111,7 +136,7 @@ class TensorSpec:
     @property
     def bytes(self) -> int:
         """Size of its values."""
-        return 4 * math.prod(self.shape)
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +148,14 @@ class Request:
         plan: canonical JSON.
         round: its number, from 1.
         signature: Ed25519 over the plan, hexadecimal; empty in a simulation.
+        secure: a message of secure aggregation; empty if there is none.
     """
 
     adapter: ArrayRecord
     plan: str
     round: int
     signature: str = ""
+    secure: bytes = b""
 
 
 def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -142,7 +169,7 @@ def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 def to_array(tensor: torch.Tensor) -> Array:
     """What `Array(ndarray)` gives, byte for byte, without the cost of numpy.save."""
     values = tensor.detach().cpu().contiguous().numpy()
-    name = "float32" if values.dtype == np.float32 else str(values.dtype)
+    name = str(values.dtype)
     spec = TensorSpec("", values.shape, name)
     return Array(spec.dtype, spec.shape, "numpy.ndarray", _header(spec) + values.tobytes())
 
@@ -166,7 +193,7 @@ def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
         schema: the tensors the plan calls for.
 
     Returns:
-        float32 tensors by name.
+        Tensors of the schema's dtypes by name.
 
     Raises:
         MessageError: a missing, extra, misshapen, mistyped or non-finite tensor.
@@ -203,7 +230,8 @@ def from_record(record: ArrayRecord, schema: tuple[TensorSpec, ...]) -> Tensors:
                 f"{spec.dtype}{spec.shape} in {size} bytes of numpy's format",
                 "The message is malformed and was ignored.",
             )  # fmt: skip
-        values = np.frombuffer(array.data, "<f4", offset=len(header)).reshape(spec.shape).copy()
+        kind = np.dtype(spec.dtype).newbyteorder("<")
+        values = np.frombuffer(array.data, kind, offset=len(header)).reshape(spec.shape).copy()
         if not np.isfinite(values).all():
             raise MessageError(
                 f"adapter tensor {spec.name}", "NaN or infinity", "finite values",
@@ -261,7 +289,8 @@ def read_request(message: Message) -> Request:
     content = message.content if message.has_content() else RecordDict()
     adapter = content.array_records.get(ADAPTER)
     config = content.config_records.get(PLAN)
-    if adapter is None or config is None or len(content) != 2:
+    secure = content.config_records.get(SECURE)
+    if adapter is None or config is None or len(content) != (2 if secure is None else 3):
         raise MessageError(
             "request", sorted(content), f"records {ADAPTER!r} and {PLAN!r}",
             "The server speaks another protocol; compare the versions.",
@@ -278,7 +307,23 @@ def read_request(message: Message) -> Request:
             "request", sorted(config), f"{PLAN!r}, {ROUND!r} and {SIGNATURE!r}",
             "The server speaks another protocol; compare the versions.",
         )  # fmt: skip
-    return Request(adapter, plan, number, signature)
+    return Request(adapter, plan, number, signature, read_secure(secure) if secure else b"")
+
+
+def read_secure(record: ConfigRecord | None) -> bytes:
+    """A message of secure aggregation, and nothing else; `secure_messages` says what is in it.
+
+    Raises:
+        MessageError: other keys, or no bytes.
+    """
+    found = dict(record or {})
+    message = found.get(MESSAGE)
+    if len(found) != 1 or not isinstance(message, bytes):
+        raise MessageError(
+            SECURE, sorted(found), f"{MESSAGE!r}: bytes",
+            "The message is malformed and was ignored.",
+        )  # fmt: skip
+    return message
 
 
 def write_reply(
@@ -315,6 +360,19 @@ def write_counts(
     content = RecordDict(
         {
             COUNTS: MetricRecord(dict(numbers)),
+            STATUS: ConfigRecord({ROUND: round_number, STATUS: status.value}),
+        }
+    )
+    return Message(content, reply_to=request)
+
+
+def write_secure(
+    request: Message, round_number: int, status: Status, message: bytes | None = None
+) -> Message:
+    """A site's answer to a step of secure aggregation."""
+    content = RecordDict(
+        {
+            SECURE: ConfigRecord({} if message is None else {MESSAGE: message}),
             STATUS: ConfigRecord({ROUND: round_number, STATUS: status.value}),
         }
     )

@@ -104,14 +104,18 @@ class Aggregator:
 
     def requests(self, number: int, adapter: Tensors, grid: Grid) -> list[Message]:
         """One request per connected site."""
-        config = ConfigRecord({PLAN: self.plan.canonical, ROUND: number})
-        if self.signature:
-            config[SIGNATURE] = self.signature
         arrays = to_record(adapter)
-        requests = list(self.strategy.configure_train(number, arrays, config, grid))
+        requests = list(self.strategy.configure_train(number, arrays, self.config(number), grid))
         for request in requests:  # Flower's own round number would say the same thing twice
             request.content.config_records[PLAN].pop("server-round", None)
         return requests
+
+    def config(self, number: int) -> ConfigRecord:
+        """Plan, round and signature, as every request holds them."""
+        config = ConfigRecord({PLAN: self.plan.canonical, ROUND: number})
+        if self.signature:
+            config[SIGNATURE] = self.signature
+        return config
 
     def next_adapter(self, number: int, adapter: Tensors, updates: Sequence[Tensors]) -> Tensors:
         """The adapter after this round.

@@ -8,26 +8,33 @@ with it as run configuration:
     sites       node ids of the sites that take part, with commas between them
     signature   the operator's, on the plan
     backbone    directory of the plan's backbone, if it is not where the plan says
+    ca          certificate of the federation's CA (PEM), for secure aggregation
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from filelock import FileLock
 from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
-from fedgraft_common.errors import ServerError
-from fedgraft_common.logs import set_up_logs
+from fedgraft_common.errors import FedgraftError, ServerError
+from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
-from fedgraft_server.federation import RoundSummary, run_federation
-from fedgraft_server.metrics import FILE, RunMetrics
-from fedgraft_server.superlink_grid import SuperlinkGrid
+from fedgraft_server.run_folder import COMPLETED, FAILED, Outcome, RunFolder
+
+if TYPE_CHECKING:
+    from fedgraft_server.federation import RoundSummary
 
 log = logging.getLogger(__name__)
 GATHERING = 30.0  # seconds that the first round waits for every site to be connected
+_HELD: list[FileLock] = []  # until the process ends: Flower then knows what became of the run
 
 
 def read_run_config(config: UserConfig) -> tuple[Plan, Path, frozenset[int]]:
@@ -63,13 +70,39 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the plan over the sites that were named, from its newest checkpoint."""
-    set_up_logs()  # Flower sends what this process writes to `fedgraft logs`
+    """Runs the plan over the sites that were named, from its newest checkpoint.
+
+    An error of ours is how the run ends: it is written down, and the run waits for the coordinator.
+    Anything else (a signal, a connection that is gone) leaves it to be continued.
+    """
+    names: dict[int, str] = {}
+    as_json = bool(os.environ.get(AS_JSON))  # Flower sends it on to `fedgraft logs`
+    set_up_logs(as_json, facts={"run": str(context.run_id)}, names=names)
     plan, directory, sites = read_run_config(context.run_config)
+    folder = RunFolder(directory)
+    _HELD.append(folder.take(context.run_id))
+    try:
+        names.update((node.node_id, node.name) for node in grid.get_nodes())
+        _run(plan, folder, sites, grid, context.run_config)
+    except FedgraftError as error:
+        folder.end(Outcome(FAILED, str(error)))
+        raise
+    folder.end(Outcome(COMPLETED))
+
+
+def _run(
+    plan: Plan, folder: RunFolder, sites: frozenset[int], grid: Grid, config: UserConfig
+) -> None:
+    # Imports torch, for seconds; whoever looks after runs must see the lock before.
+    from fedgraft_common.site_signature import Trust
+    from fedgraft_server.federation import run_federation
+    from fedgraft_server.metrics import FILE, RunMetrics
+    from fedgraft_server.superlink_grid import SuperlinkGrid
+
     enough = plan.aggregation.minimum_sites
     if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
         enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
-    metrics = RunMetrics(directory / FILE)
+    metrics = RunMetrics(folder.path / FILE)
     superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply)
     count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
     log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
@@ -79,6 +112,9 @@ def main(grid: Grid, context: Context) -> None:
         log.info("round %d: %d updates", summary.number, summary.sites, extra=facts)
         metrics.on_round(summary)
 
-    signature, backbone = (str(context.run_config.get(k, "")) for k in ("signature", "backbone"))
+    signature, backbone = (str(config.get(key, "")) for key in ("signature", "backbone"))
     where = Path(backbone) if backbone else None
-    run_federation(plan, superlink, directory, note, signature=signature, backbone=where)
+    trust = partial(Trust.from_file, Path(str(config.get("ca", ""))))
+    run_federation(
+        plan, superlink, folder.path, note, signature=signature, backbone=where, trust=trust
+    )

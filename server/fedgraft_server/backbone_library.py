@@ -2,6 +2,7 @@
 
     DIR/manifests/<name>.json    signed manifest
     DIR/blobs/<sha256>           files, shared by backbones that have them in common
+    DIR/assembled/<sha256>/      a backbone's files by name, for the runs on the server itself
 
 A manifest is written after its blobs, so what is listed can be sent. A running service sees a new
 backbone at once.
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from fedgraft_common.backbone_protocol import ManifestRequest
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.manifest import (
+    MANIFEST_FILE,
     DistributionManifest,
     ManifestFile,
     SignedManifest,
@@ -114,6 +116,8 @@ class BackboneLibrary:
                 target.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileExistsError):
                     os.link(self.blob(file.sha256), target / file.name)
+        if not (target / MANIFEST_FILE).exists():
+            _replace(target / MANIFEST_FILE, signed.to_bytes())
         return target
 
     def blob(self, sha256: str) -> Path:

@@ -27,7 +27,7 @@ from fedgraft_common.metrics_port import serve_metrics
 from fedgraft_server.registry import Registry
 from fedgraft_server.runs import Runs
 from fedgraft_server.settings import ServerDirectory
-from fedgraft_server.superlink import HOST, SuperLink
+from fedgraft_server.superlink import SuperLink
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -159,7 +159,7 @@ def serve(directory: ServerDirectory, registry: Registry) -> Iterator[int]:
         yield 0
         return
     superlink = SuperLink(directory, settings)
-    with Runs(f"{HOST}:{settings.superlink.port}", superlink.client_context()) as runs:
+    with Runs(superlink.address, superlink.client_context()) as runs:
         totals = CollectorRegistry()
         totals.register(Totals(directory.runs, lambda: connected_sites(runs)))
         with serve_metrics(totals, f"127.0.0.1:{port}", ServerError) as served:

@@ -5,6 +5,10 @@ a second before it looks again, and as long as it takes (up to hours) before it 
 replies; one site that died while it sent would hold up the round. Here a reply that is not complete
 is looked at again the next time, and nobody waits for it.
 
+Flower repeats a call that found no SuperLink until there is one. What the SuperLink had answered to
+the call that was lost, it counts as delivered: a reply that was in that answer never comes again by
+itself. So whoever asks here is told when a call was repeated, and asks the sites once more.
+
 `tests/unit/server/test_replies.py` pins every name used here to flwr 1.41.
 """
 
@@ -13,17 +17,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import cast
+from functools import partial
+from typing import Final
 
 from flwr.app import Message
+from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.retry import RetryInvoker, RetryState, exponential
 from flwr.superlink.grid import HttpGrid
 
+from fedgraft_common.errors import MessageError
+from fedgraft_common.inflation import (
+    MessageLimits,
+    inflate_message,
+    malformed,
+    object_names,
+    too_large,
+)
+
 log = logging.getLogger(__name__)
+
+_RETRY: Final = 2  # seconds between two attempts to reach the SuperLink at most
 
 
 @dataclass(slots=True)
@@ -31,16 +48,26 @@ class Arriving:
     """A reply that was announced.
 
     Attributes:
-        reply_to: id of the request it answers.
-        node: who sent it.
+        announced: who answers what, as the SuperLink knows it; without the content.
         missing: objects that are not here yet, leaves first.
         contents: those that are.
+        room: bytes that may still come.
     """
 
-    reply_to: str
-    node: int
+    announced: Message
     missing: list[str]
+    room: int
     contents: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def reply_to(self) -> str:
+        """Id of the request it answers."""
+        return self.announced.metadata.reply_to_message_id
+
+    @property
+    def node(self) -> int:
+        """Who sent it."""
+        return self.announced.metadata.src_node_id
 
 
 class Replies:
@@ -48,16 +75,31 @@ class Replies:
 
     Args:
         grid: Flower's `HttpGrid`; any other grid is asked through its public `pull_messages`.
+        limits: what one reply may be.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, limits: MessageLimits | None = None) -> None:
         self._grid = grid
+        self._limits = limits or MessageLimits()
         self._arriving: dict[str, Arriving] = {}
+        self._interrupted = False
+        if isinstance(grid, HttpGrid):
+            self._watch(grid._retry_invoker)
+
+    def was_interrupted(self) -> bool:
+        """Whether the SuperLink was away for a moment since the last question."""
+        found, self._interrupted = self._interrupted, False
+        return found
 
     def collect(self, request_ids: Collection[str]) -> list[Message]:
-        """The replies to these requests that are complete by now; each is returned once."""
+        """The replies to these requests that are complete by now; each is returned once.
+
+        A malformed one is returned without its content: its site has answered, and that was all.
+        """
         if not isinstance(self._grid, HttpGrid):
             return list(self._grid.pull_messages(request_ids))
+        for name in [n for n, a in self._arriving.items() if a.reply_to not in request_ids]:
+            del self._arriving[name]  # its round is over
         announced = {arriving.reply_to for arriving in self._arriving.values()}
         if awaited := [name for name in request_ids if name not in announced]:
             self._announce(self._grid, awaited)
@@ -73,6 +115,19 @@ class Replies:
             if arriving.node == node:
                 del self._arriving[name]
 
+    def _watch(self, retry: RetryInvoker) -> None:
+        """Notes when a call was repeated; and repeats soon: the SuperLink is on this machine."""
+        on_success = retry.on_success
+
+        def note(state: RetryState) -> None:
+            if state.tries > 1:
+                self._interrupted = True
+            if on_success is not None:
+                on_success(state)
+
+        retry.on_success = note
+        retry.wait_gen_factory = partial(exponential, max_delay=_RETRY)
+
     def _announce(self, grid: HttpGrid, request_ids: list[str]) -> None:
         response = grid._runtime_client.PullMessages(
             PullAppMessagesRequest(message_ids=request_ids)
@@ -80,10 +135,13 @@ class Replies:
         for message, tree in zip(
             response.messages_list, response.message_object_trees, strict=True
         ):
-            parts = dict.fromkeys(part.object_id for part in iterate_object_tree(tree))
-            self._arriving[message.metadata.message_id] = Arriving(
-                message.metadata.reply_to_message_id, message.metadata.src_node_id, list(parts)
-            )
+            announced = message_from_proto(message)
+            try:
+                names = object_names(tree, self._limits)
+            except MessageError:
+                names = []  # then it has no content
+            arriving = Arriving(announced, names, self._limits.bytes)
+            self._arriving[message.metadata.message_id] = arriving
 
     def _complete(self, grid: HttpGrid, name: str, arriving: Arriving) -> Message | None:
         client, run = grid._runtime_client, grid.run.run_id
@@ -95,19 +153,32 @@ class Replies:
             if response.object_found and not response.object_available:
                 return None
             if not response.object_found or get_object_id(response.object_content) != part:
-                log.warning("node %d: its reply was lost on the way", arriving.node)
+                facts = {"action": "lost", "site": arriving.node}
+                log.warning("a reply was lost on the way", extra=facts)
                 del self._arriving[name]
                 return None
             arriving.contents[part] = response.object_content
+            arriving.room -= len(response.object_content)
             del arriving.missing[0]
+            if arriving.room < 0:
+                arriving.contents.clear()
+                arriving.missing.clear()
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=name)
         )
         del self._arriving[name]
         try:
-            reply = cast(Message, inflate_object_from_contents(name, arriving.contents))
-            reply.metadata.__dict__["_message_id"] = name
-        except Exception as error:
-            log.warning("node %d: its reply is malformed (%s)", arriving.node, error)
-            return None
+            return self._inflated(name, arriving)
+        except MessageError as error:
+            log.warning("%s", error, extra={"action": "refuse", "site": arriving.node})
+            return arriving.announced
+
+    def _inflated(self, name: str, arriving: Arriving) -> Message:
+        if arriving.room < 0:
+            raise too_large(self._limits)
+        reply = inflate_message(name, arriving.contents, self._limits)
+        # A site writes what is inside; whom it comes from, gateway and SuperLink have checked.
+        for fact in ("src_node_id", "reply_to_message_id", "run_id"):
+            if getattr(reply.metadata, fact) != getattr(arriving.announced.metadata, fact):
+                raise malformed(f"another {fact} than it was announced with")
         return reply

@@ -1,24 +1,24 @@
 """`fedgraft run`, `runs`, `stop`, `resume`, `logs`: what the coordinator does on the server.
 
-A run has a directory of its own, with what it was started with:
-
-    DIR/runs/NAME-HASH/run.json     plan, signature, sites, and Flower's numbers of the run
-                       round-*      checkpoints
-                       adapter/     the final adapter in PEFT's format
+They change what is wanted of a run (`fedgraft_server.run_folder`) and tell the SuperLink;
+`fedgraft server up` sees to it that it happens (`fedgraft_server.continuation`).
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedgraft_common.errors import ServerError
-from fedgraft_common.plan import Plan, load_plan, parse_plan
+from fedgraft_common.plan import load_plan
 
 if TYPE_CHECKING:
+    from fedgraft_server.run_folder import RunFolder
     from fedgraft_server.runs import Runs
     from fedgraft_server.settings import ServerDirectory
 
@@ -51,65 +51,59 @@ def run(
     """Sign a plan and start it over the sites that are named; default: all that joined."""
     from fedgraft_common.signing import sign_plan
     from fedgraft_server.registry import Registry
+    from fedgraft_server.run_folder import RunFacts, RunFolder
     from fedgraft_server.settings import ServerDirectory
 
     server = ServerDirectory(directory.absolute())
     plan = load_plan(plan_file, changes or ())
     with Registry(server.registry) as registry:
-        names = [member.name for member in registry.members(sites or None, group)]
-        nodes = registry.node_ids(sites or None, group)
-    if missing := sorted(set(names) - set(nodes)):
+        names = sorted(member.name for member in registry.members(sites or None, group))
+    if plan.aggregation.sites not in (None, len(names)):
         raise ServerError(
-            "sites", ", ".join(missing), "sites that the SuperLink knows",
-            "Start `fedgraft server up` and try again in a moment.",
-        )  # fmt: skip
-    if len(nodes) < plan.aggregation.minimum_sites:
-        raise ServerError(
-            "sites", f"{len(nodes)} ({', '.join(sorted(nodes)) or 'none'})",
-            f"at least {plan.aggregation.minimum_sites} (aggregation.minimum_sites)",
-            "Invite more sites, or lower aggregation.minimum_sites.",
-        )  # fmt: skip
-    if plan.aggregation.sites not in (None, len(nodes)):
-        raise ServerError(
-            "aggregation.sites", plan.aggregation.sites, f"{len(nodes)}, the sites of this run",
+            "aggregation.sites", plan.aggregation.sites, f"{len(names)}, the sites of this run",
             "Correct the plan, or name the sites.",
         )  # fmt: skip
-    plan = plan.replace({"aggregation.sites": len(nodes)})
-    folder = server.runs / f"{plan.name}-{plan.hash[:12]}"
-    if (folder / "run.json").exists():
-        raise ServerError(
-            str(folder), "a run of this plan", "a plan that was not run here yet",
-            f"Continue it with `fedgraft resume {folder.name}`, or change the plan's name.",
-        )  # fmt: skip
-    facts: dict[str, Any] = {
-        "plan": json.loads(plan.canonical),
-        "signature": sign_plan(plan.canonical, server.operator_private_key()),
-        "sites": sorted(nodes),
-        "flower": [],
-    }
-    _start(server, folder, plan, facts, sorted(nodes.values()))
+    plan = plan.replace({"aggregation.sites": len(names)})
+    folder = RunFolder(server.runs / f"{plan.name}-{plan.hash[:12]}")
+    signature = sign_plan(plan.canonical, server.operator_private_key())
+    facts = RunFacts(json.loads(plan.canonical), signature, tuple(names))
+    with folder.changing():
+        if folder.exists():
+            raise ServerError(
+                str(folder.path), "a run of this plan", "a plan that was not run here yet",
+                f"Continue it with `fedgraft resume {folder.name}`, or change the plan's name.",
+            )  # fmt: skip
+        folder.write(facts)  # first: a run that Flower knows has a directory
+        try:
+            _begin(server, folder)
+        except BaseException:
+            folder.forget()
+            raise
 
 
 @resume_app.command()
 def resume(name: RunName, directory: Directory = _HERE) -> None:
-    """Continue a run that was stopped or that failed; finished rounds are not repeated."""
-    from fedgraft_server.registry import Registry
+    """Continue a run that was stopped or that failed; finished rounds are not repeated.
+
+    A run that was completed delivers its final adapter again, to sites that were away.
+    """
+    from fedgraft_server.continuation import standing
+    from fedgraft_server.run_folder import RunFolder
     from fedgraft_server.settings import ServerDirectory
 
     server = ServerDirectory(directory.absolute())
-    folder, facts = _find(server, name)
-    plan = parse_plan(facts["plan"], origin=str(folder / "run.json"))
-    with _runs(server) as runs:
-        states = {state.id: state for state in runs.all()}
-    newest = states.get(facts["flower"][-1]) if facts["flower"] else None
-    if newest is not None and newest.status != "finished":
-        raise ServerError(
-            f"run {folder.name}", newest.status, "a run that has ended",
-            f"Wait, or stop it with `fedgraft stop {folder.name}`.",
-        )  # fmt: skip
-    with Registry(server.registry) as registry:
-        nodes = registry.node_ids(facts["sites"])
-    _start(server, folder, plan, facts, sorted(nodes.values()))
+    folder = RunFolder.find(server.runs, name)
+    with folder.changing():
+        with _runs(server) as link:
+            newest = link.of(folder.name)[-1:]
+            where = standing(folder, newest[0] if newest else None)
+            if where in ("pending", "starting", "running"):
+                raise ServerError(
+                    f"run {folder.name}", where, "a run that has ended",
+                    f"Wait, or stop it with `fedgraft stop {folder.name}`.",
+                )  # fmt: skip
+        folder.set_stopped(False)
+        _begin(server, folder)
 
 
 @runs_app.command()
@@ -117,24 +111,26 @@ def runs(
     directory: Directory = _HERE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List runs: state, rounds finished, sites."""
+    """List runs: state, rounds finished, sites; and why a run failed."""
+    from fedgraft_server.continuation import standing
+    from fedgraft_server.run_folder import RunFolder
     from fedgraft_server.settings import ServerDirectory
 
     server = ServerDirectory(directory.absolute())
     with _runs(server) as link:
-        states = {state.id: state for state in link.all()}
+        newest = {state.folder: state for state in link.all()}
     rows = []
-    for file in sorted((server.runs).glob("*/run.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        newest = states.get(facts["flower"][-1]) if facts["flower"] else None
-        finished = sorted(file.parent.glob("round-*.safetensors"))
+    for folder in RunFolder.all(server.runs):
+        facts = folder.facts
+        outcome = folder.outcome
         rows.append(
             {
-                "run": file.parent.name,
-                "state": (newest.outcome or newest.status) if newest else "unknown",
-                "round": int(finished[-1].stem.partition("-")[2]) if finished else 0,
-                "rounds": facts["plan"]["rounds"]["count"],
-                "sites": facts["sites"],
+                "run": folder.name,
+                "state": standing(folder, newest.get(folder.name)),
+                "round": folder.round,
+                "rounds": facts.plan["rounds"]["count"],
+                "sites": facts.sites,
+                "reason": outcome.reason if outcome else "",
             }
         )
     if as_json:
@@ -142,80 +138,89 @@ def runs(
         return
     for row in rows:
         typer.echo(
-            f"{row['run']}  {row['state']:10}  round {row['round']} of {row['rounds']}  "
+            f"{row['run']}  {row['state']:11}  round {row['round']} of {row['rounds']}  "
             f"{', '.join(row['sites'])}"
         )
+        if row["reason"]:
+            typer.echo(f"    {row['reason']}")
 
 
 @stop_app.command()
 def stop(name: RunName, directory: Directory = _HERE) -> None:
     """Stop a run; `fedgraft resume` continues it."""
+    from fedgraft_server.continuation import standing
+    from fedgraft_server.run_folder import COMPLETED, FAILED, STOPPED, RunFolder
     from fedgraft_server.settings import ServerDirectory
 
     server = ServerDirectory(directory.absolute())
-    folder, facts = _find(server, name)
-    with _runs(server) as link:
-        link.stop(facts["flower"][-1])
+    folder = RunFolder.find(server.runs, name)
+    with folder.changing(), _runs(server) as link:
+        states = link.of(folder.name)
+        where = standing(folder, states[-1] if states else None)
+        if where in (COMPLETED, FAILED, STOPPED):
+            raise ServerError(
+                f"run {folder.name}", where, "a run that is under way", "There is nothing to stop."
+            )
+        folder.set_stopped(True)  # first: nobody continues it from here on
+        for state in states:
+            if not state.is_over:
+                link.stop(state.id)
     typer.echo(f"stopped     {folder.name}")
 
 
 @logs_app.command()
-def logs(name: RunName, directory: Directory = _HERE) -> None:
+def logs(
+    name: RunName,
+    directory: Directory = _HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
     """Print what a run writes, until it ends."""
+    from fedgraft_common.logs import as_text, read_entry
+    from fedgraft_server.continuation import standing
+    from fedgraft_server.run_folder import INTERRUPTED, RunFolder
     from fedgraft_server.settings import ServerDirectory
 
     server = ServerDirectory(directory.absolute())
-    _, facts = _find(server, name)
+    folder = RunFolder.find(server.runs, name)
+    printed: set[int] = set()
     with _runs(server) as link:
-        for text in link.logs(facts["flower"][-1]):
-            typer.echo(text, nl=False)
+        while True:  # a run that was continued is several to Flower
+            states = link.of(folder.name)
+            for state in states:
+                if state.id not in printed:
+                    for line in _lines(link.logs(state.id)):
+                        entry = None if as_json else read_entry(line)
+                        typer.echo(line if entry is None else as_text(entry))
+                    printed.add(state.id)
+            where = standing(folder, states[-1] if states else None)
+            if where != INTERRUPTED and all(state.is_over for state in states):
+                return
+            time.sleep(1.0)
 
 
-def _start(
-    server: ServerDirectory, folder: Path, plan: Plan, facts: dict[str, Any], nodes: list[int]
-) -> None:
-    from fedgraft_common.files import write_atomically
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Whole lines of what comes in pieces."""
+    begun = ""
+    for text in texts:
+        *lines, begun = (begun + text).split("\n")
+        yield from lines
+    if begun:
+        yield begun
 
-    backbone = _assembled(server, plan)
+
+def _begin(server: ServerDirectory, folder: RunFolder) -> None:
+    from fedgraft_server.continuation import begin
+
     with _runs(server) as link:
-        number = link.start(plan, folder, nodes, facts["signature"], backbone)
-    facts["flower"].append(number)
-    write_atomically(folder / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+        begin(server, folder, link)
     typer.echo(f"run         {folder.name}")
-    typer.echo(f"sites       {', '.join(facts['sites'])}")
-    typer.echo(f"directory   {folder}")
-
-
-def _assembled(server: ServerDirectory, plan: Plan) -> Path | None:
-    """Where a `server:NAME` backbone lies on the server itself."""
-    if not plan.backbone.source.startswith("server:"):
-        return None
-    from fedgraft_common.backbone_protocol import ManifestRequest
-    from fedgraft_server.backbone_library import BackboneLibrary
-
-    config = plan.backbone
-    request = ManifestRequest(sha256=config.sha256, manifest_sha256=config.manifest_sha256)
-    return BackboneLibrary(server.backbones).assembled(request)
-
-
-def _find(server: ServerDirectory, name: str) -> tuple[Path, dict[str, Any]]:
-    found = [p for p in (server.runs).glob("*/run.json") if p.parent.name.startswith(name)]
-    if len(found) != 1:
-        known = ", ".join(sorted(p.parent.name for p in (server.runs).glob("*/run.json")))
-        raise ServerError(
-            "run",
-            name,
-            f"one of: {known or 'no run was started here'}",
-            "List them: `fedgraft runs`.",
-        )
-    facts: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8"))
-    return found[0].parent, facts
+    typer.echo(f"sites       {', '.join(folder.facts.sites)}")
+    typer.echo(f"directory   {folder.path}")
 
 
 def _runs(server: ServerDirectory) -> Runs:
     from fedgraft_server.runs import Runs
-    from fedgraft_server.superlink import HOST, SuperLink
+    from fedgraft_server.superlink import SuperLink
 
-    settings = server.settings()
-    link = SuperLink(server, settings)
-    return Runs(f"{HOST}:{settings.superlink.port}", link.client_context())
+    superlink = SuperLink(server, server.settings())
+    return Runs(superlink.address, superlink.client_context())

@@ -29,6 +29,7 @@ from flwr.proto.control_pb2 import (
     StreamLogsRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.run_pb2 import Run
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
@@ -37,6 +38,7 @@ from fedgraft_common.errors import ServerError
 from fedgraft_common.plan import Plan
 
 STUB: Final = "pyproject.toml"
+_PAGE: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +47,28 @@ class RunState:
 
     Attributes:
         id: Flower's number.
+        folder: name of the run directory; a run that was continued is several to Flower.
         status: pending, starting, running or finished.
         outcome: completed, failed or stopped, once it is finished.
         details: why it failed.
+        claimed: ISO time when a process was begun for it; empty before.
         started: ISO time; empty before the start.
         finished: ISO time; empty before the end.
     """
 
     id: int
+    folder: str
     status: str
     outcome: str
     details: str
+    claimed: str
     started: str
     finished: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether Flower is done with it."""
+        return self.status == "finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +96,15 @@ class Runs:
     Args:
         address: `host:port` of the SuperLink; loopback.
         tls: trusts the SuperLink's certificate; None for plain HTTP.
+        timeout: seconds that a call may take.
 
     Raises:
         ServerError: the address is not a loopback one.
     """
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, address: str, tls: ssl.SSLContext | None = None, timeout: float = 30.0
+    ) -> None:
         host = address.rpartition(":")[0].strip("[]")
         if not (host in ("localhost", "::1") or host.startswith("127.")):
             raise ServerError(
@@ -101,7 +115,7 @@ class Runs:
         self.address = address
         scheme = "http" if tls is None else "https"
         self._client = ControlHttpClient(
-            f"{scheme}://{address}", verify=tls if tls is not None else True
+            f"{scheme}://{address}", verify=tls if tls is not None else True, timeout=timeout
         )
 
     def __enter__(self) -> Runs:
@@ -123,6 +137,7 @@ class Runs:
         sites: Collection[int],
         signature: str = "",
         backbone: Path | None = None,
+        ca: Path | None = None,
     ) -> int:
         """Starts a run; one that was cut short continues from its directory.
 
@@ -132,6 +147,7 @@ class Runs:
             sites: node ids of the sites that take part.
             signature: the operator's, on the plan.
             backbone: where the plan's backbone lies, if not where it says.
+            ca: certificate of the federation's CA, for secure aggregation.
 
         Returns:
             Flower's number of the run.
@@ -145,6 +161,7 @@ class Runs:
             "sites": ",".join(str(node) for node in sorted(sites)),
             "signature": signature,
             "backbone": str(backbone.resolve()) if backbone else "",
+            "ca": str(ca.resolve()) if ca else "",
         }
         return self.start_bundle(stub(), config)
 
@@ -173,19 +190,35 @@ class Runs:
         Raises:
             ServerError: the SuperLink cannot be reached or refused.
         """
-        with self._told():
-            runs = self._client.ListRuns(ListRunsRequest()).run_dict.values()
+        found: dict[int, Run] = {}
+        more = True
+        while more:  # Flower gives at most so many at once, 20 if it is not told
+            request = ListRunsRequest(limit=_PAGE, skip=len(found))
+            with self._told():
+                page = self._client.ListRuns(request).run_dict
+            more = len(page) == _PAGE and not page.keys() <= found.keys()
+            found |= page
         return [
             RunState(
                 run.run_id,
+                Path(run.override_config["directory"].string).name,
                 run.status.status,
                 run.status.sub_status,
                 run.status.details,
+                run.starting_at,
                 run.running_at,
                 run.finished_at,
             )
-            for run in sorted(runs, key=lambda run: run.pending_at)
+            for run in sorted(found.values(), key=lambda run: run.pending_at)
         ]
+
+    def of(self, folder: str) -> list[RunState]:
+        """What Flower knows of the run with this directory, oldest first.
+
+        Raises:
+            ServerError: the SuperLink cannot be reached or refused.
+        """
+        return [state for state in self.all() if state.folder == folder]
 
     def state(self, run: int) -> RunState:
         """One run.

@@ -1,21 +1,21 @@
-"""Flower's SuperLink as a child process, and the node keys it is told.
+"""Flower's programs on the server as child processes, and the node keys the SuperLink is told.
+
+Two of them. The SuperLink carries messages; it binds 127.0.0.1 and speaks TLS even there, because
+`--enable-supernode-auth` is refused without it. That option also shuts Flower's own
+self-registration. The SuperExec starts a process for each run. A SuperLink would start one itself,
+but does not notice when it dies, and takes every run with it when it dies itself; as a child of
+ours it is started again, and a run survives the SuperLink.
 
 The only file of the server's deployment that uses Flower's internals besides the gateway's nine
 paths: `ControlHttpClient`, on loopback, to register and unregister node keys.
-
-The SuperLink binds 127.0.0.1 and speaks TLS even there, because `--enable-supernode-auth` is
-refused without it. That option also shuts Flower's own self-registration.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import shutil
 import ssl
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -25,20 +25,19 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Unregi
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from fedgraft_common.errors import ServerError
+from fedgraft_common.logs import AS_JSON
+from fedgraft_server.kept_process import KeptProcess
+from fedgraft_server.program_output import ProgramOutput
 from fedgraft_server.registry import Registry
 from fedgraft_server.settings import ServerDirectory, Settings
 
-LOG = logging.getLogger(__name__)
-
 HOST: Final = "127.0.0.1"
 _UNREGISTERED: Final = "unregistered"  # flwr.supercore.constant.NodeStatus
-_SETTLED: Final = 60.0  # seconds of life after which a death counts as the first
-_MAX_DELAY: Final = 30.0  # seconds between two starts
-_STOP_TIMEOUT: Final = 10.0  # seconds from SIGTERM to SIGKILL
+_LOOK_FOR_RUNS: Final = "0.25"  # seconds between two looks of the SuperExec; Flower's default is 1
 
 
 class SuperLink:
-    """Keeps one `flower-superlink` running.
+    """The SuperLink of a server directory, and what starts its runs.
 
     Args:
         directory: its certificate, state and settings.
@@ -48,14 +47,8 @@ class SuperLink:
     def __init__(self, directory: ServerDirectory, settings: Settings) -> None:
         self._directory = directory
         self._port = settings.superlink.port
-        self._process: asyncio.subprocess.Process | None = None
-        self.url = f"https://{HOST}:{self._port}"
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that runs now."""
-        running = self._process is not None and self._process.returncode is None
-        return self._process.pid if running and self._process else None
+        self.address = f"{HOST}:{self._port}"
+        self.url = f"https://{self.address}"
 
     def client_context(self) -> ssl.SSLContext:
         """Trusts our CA and nothing else."""
@@ -63,8 +56,28 @@ class SuperLink:
         context.load_verify_locations(self._directory.ca[0])
         return context
 
+    def processes(self, registry: Registry) -> tuple[KeptProcess, KeptProcess]:
+        """SuperLink and SuperExec, not started yet; their log lines name sites of the registry."""
+        names: dict[int, str] = {}
+
+        def site_of(node: int) -> str | None:
+            if node not in names:
+                names.update((s.node_id, s.name) for s in registry.sites() if s.node_id)
+            return names.get(node)
+
+        self._directory.flower_home.mkdir(mode=0o700, exist_ok=True)
+        environment = self.environment(os.environ)
+        carrier, starter = (
+            KeptProcess(name, command, environment, ProgramOutput(name, site_of))
+            for name, command in (
+                ("SuperLink", self.command()),
+                ("SuperExec", self.superexec_command()),
+            )
+        )
+        return carrier, starter
+
     def command(self) -> list[str]:
-        """What is run."""
+        """The SuperLink's."""
         certificate, key = self._directory.superlink
         return [
             str(_program("flower-superlink")),
@@ -73,7 +86,16 @@ class SuperLink:
             "--ssl-ca-certfile", str(self._directory.ca[0]),
             "--enable-supernode-auth",
             "--database", str(self._directory.flower_state),
+            "--isolation", "process",
             "--disable-runtime-dependency-installation",
+        ]  # fmt: skip
+
+    def superexec_command(self) -> list[str]:
+        """The SuperExec's."""
+        return [
+            str(_program("flower-superexec")),
+            "--root-certificates", str(self._directory.ca[0]),
+            "--runtime-api-address", self.address,
         ]  # fmt: skip
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -86,47 +108,10 @@ class SuperLink:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _LOOK_FOR_RUNS,
             "FEDGRAFT_SERVER_DIR": str(self._directory.path),
+            AS_JSON: "1",  # between processes; what people see is decided by `fedgraft server up`
         }
-
-    async def run(self) -> None:
-        """Starts it again whenever it dies, later each time, until cancelled; then stops it."""
-        deaths = 0
-        self._directory.flower_home.mkdir(mode=0o700, exist_ok=True)
-        try:
-            while True:
-                started = time.monotonic()
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "fedgraft_server.tied", str(os.getpid()),
-                    *self.command(), env=self.environment(os.environ),
-                    stdin=asyncio.subprocess.DEVNULL,
-                )  # fmt: skip
-                LOG.info(
-                    "SuperLink started", extra={"action": "superlink-start", "child": self.pid}
-                )
-                code = await self._process.wait()
-                deaths = 0 if time.monotonic() - started > _SETTLED else deaths + 1
-                delay = min(_MAX_DELAY, 0.5 * 2 ** min(deaths, 10))
-                LOG.error(
-                    "SuperLink ended with code %s; starting it again in %.0f s", code, delay,
-                    extra={"action": "superlink-died"},
-                )  # fmt: skip
-                await asyncio.sleep(delay)
-        finally:
-            await self._stop()
-
-    async def _stop(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.terminate()
-        try:
-            async with asyncio.timeout(_STOP_TIMEOUT):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        LOG.info("SuperLink stopped", extra={"action": "superlink-stop"})
 
 
 def synchronise(registry: Registry, url: str, context: ssl.SSLContext) -> None:

@@ -63,7 +63,7 @@ class Asked:
         activation: when the site had last connected, as it was sent; empty if it had not.
         attempts: how often it was sent.
         sent: clock at the last attempt.
-        lost: whether Flower said that the request or its reply is gone.
+        lost: whether the request or its reply is gone, or may be.
     """
 
     message: Message
@@ -105,6 +105,7 @@ class SuperlinkGrid(Grid):
         self._clock = clock
         self._sleep = sleep
         self._replies = Replies(grid)
+        self._away: set[int] = set()  # sites that a round went on without; until they are back
 
     def set_run(self, run: Run) -> None:
         """Flower has set the run of the grid inside."""
@@ -184,8 +185,9 @@ class SuperlinkGrid(Grid):
         """Delivers messages and yields each reply when it arrives, at most one per site.
 
         It ends when every site has replied, at the deadline, or when enough have replied and the
-        others have not been connected for a while. A message expires at the deadline: a site that
-        comes back later does not spend privacy on a round that is over.
+        others have not been connected for a while. A site that one round has waited for in vain is
+        not waited for in the next ones, until it is connected again. A message expires at the
+        deadline: a site that comes back later does not spend privacy on a round that is over.
 
         Args:
             messages: at most one per site.
@@ -209,21 +211,27 @@ class SuperlinkGrid(Grid):
                 on_reply(reply)
                 yield reply
             now = self._clock()
+            if self._replies.was_interrupted():
+                for asked in owing.values():
+                    asked.lost = True
             if now - looked >= self._patience.census:
                 looked, connected = now, self._census()
                 self._ask(_lost(owing, connected, now - self._patience.again), connected, end)
             if owing.keys() & connected.keys():
                 seen = now
-            absent = now - seen >= self._patience.absence and replied >= self._enough
-            if not owing or now >= end or absent:
+            gone = owing.keys() <= self._away or now - seen >= self._patience.absence
+            if not owing or now >= end or (gone and replied >= self._enough):
                 break
             self._sleep(min(self._patience.look(now - heard), max(end - now, 0.0)))
         if owing:
+            self._away |= owing.keys() - connected.keys()
             log.warning("no reply from nodes %s", sorted(owing), extra={"action": "deadline"})
 
     def _census(self) -> dict[int, str]:
         """When each connected site had last connected."""
-        return {node.node_id: node.last_activated_at for node in self.get_nodes()}
+        found = {node.node_id: node.last_activated_at for node in self.get_nodes()}
+        self._away -= found.keys()
+        return found
 
     def _ask(self, owing: dict[int, Asked], connected: dict[int, str], end: float) -> None:
         """Sends every request of `owing`; each copy expires at the deadline."""
@@ -234,7 +242,7 @@ class SuperlinkGrid(Grid):
         for (node, asked), name in zip(owing.items(), self.push_messages(copies), strict=True):
             asked.attempts += 1
             if asked.attempts > 1:
-                log.info("asking node %d again", node, extra={"action": "resend"})
+                log.info("asking node %d again", node, extra={"action": "resend", "site": node})
                 self._replies.forget(node)
             asked.lost = not name
             asked.activation = connected.get(node, "")
@@ -249,12 +257,13 @@ class SuperlinkGrid(Grid):
         if node is None:
             return None
         if reply.has_error():  # made by the SuperLink; a site's own failures are statuses
-            log.info("node %d: %s", node, reply.error.reason, extra={"action": "lost"})
+            log.info("lost: %s", reply.error.reason, extra={"action": "lost", "site": node})
             owing[node].lost = True
             owing[node].ids.discard(name)
             return None
         if reply.metadata.src_node_id != node:
-            log.warning("a reply of node %d came from another", node, extra={"action": "refuse"})
+            facts = {"action": "refuse", "site": node}
+            log.warning("a reply of node %d came from another", node, extra=facts)
             return None
         return node
 
@@ -300,5 +309,5 @@ def _unpacked(reply: Message) -> Message:
             reply.content[ADAPTER] = unpack(adapter)
         except MessageError as error:
             node = reply.metadata.src_node_id
-            log.warning("node %d: %s", node, error, extra={"action": "refuse"})
+            log.warning("%s", error, extra={"action": "refuse", "site": node})
     return reply

@@ -1,7 +1,8 @@
 """`fedgraft server up`: SuperLink, gateway, joining port and further services, in one life.
 
-One process holds everything but the SuperLink, which is its child. It ends on SIGTERM or SIGINT:
-no new requests, those under way are finished, then the services and the SuperLink stop.
+One process holds everything but Flower's SuperLink and SuperExec, which are its children. It ends
+on SIGTERM or SIGINT: no new requests, those under way are finished, then services and children
+stop. Runs that this cuts short go on at the next start, as they do after a SIGKILL of anything.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from fedgraft_common.errors import ServerError
+from fedgraft_common.errors import FedgraftError, ServerError
 from fedgraft_server.authority import (
     Authority,
     check_own_certificates,
     renew_server_certificates,
 )
+from fedgraft_server.continuation import Continuation
 from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.gateway import Gateway, upstream_session
+from fedgraft_server.kept_process import KeptProcess
 from fedgraft_server.listener import Listener, bind, listener
 from fedgraft_server.registry import Registry, utc_now
+from fedgraft_server.runs import Runs
 from fedgraft_server.settings import ServerDirectory
 from fedgraft_server.superlink import SuperLink, synchronise
 
@@ -34,7 +38,7 @@ Service = Callable[[ServerDirectory, Registry], contextlib.AbstractContextManage
 """Started (entered) after the directory is checked, stopped (left) after the gateway drained."""
 
 _JOIN_CONNECTIONS: Final = 64
-_TICK: Final = 0.5  # seconds between two looks at the registry
+_TICK: Final = 0.5  # seconds between two looks at the registry, or at the runs
 _RETRY: Final = 1.0  # seconds between two attempts to reach the SuperLink
 _CERTIFICATES: Final = 3600.0  # seconds between two looks at the server's own certificates
 
@@ -63,6 +67,7 @@ async def serve(
     operator_key = directory.operator[0].read_text(encoding="ascii")
     async with contextlib.AsyncExitStack() as stack:
         registry = stack.enter_context(Registry(directory.registry, now))
+        carrier, starter = superlink.processes(registry)
         table = settings.gateway
         sites_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.port)))
         join_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.join_port)))
@@ -88,8 +93,10 @@ async def serve(
                     served.reload_certificate()
 
         background = [
-            asyncio.create_task(superlink.run(), name="SuperLink"),
-            asyncio.create_task(_follow(registry, superlink, joined), name="registry"),
+            asyncio.create_task(carrier.run(), name="SuperLink"),
+            asyncio.create_task(starter.run(), name="SuperExec"),
+            asyncio.create_task(_follow(registry, superlink, carrier, joined), name="registry"),
+            asyncio.create_task(_continue_runs(directory, superlink, starter), name="runs"),
             asyncio.create_task(_hourly(renew_own), name="certificates"),
         ]
         listening = [
@@ -124,13 +131,15 @@ async def _drain(listeners: Sequence[Listener], tasks: Sequence[asyncio.Task[Non
     await asyncio.wait(tasks)
 
 
-async def _follow(registry: Registry, superlink: SuperLink, joined: asyncio.Event) -> None:
+async def _follow(
+    registry: Registry, superlink: SuperLink, carrier: KeptProcess, joined: asyncio.Event
+) -> None:
     """Keeps the SuperLink's node keys equal to the registry's sites, across its restarts."""
     context = superlink.client_context()
     seen: tuple[int, int | None] | None = None
     is_away = False
     while True:
-        state = (registry.version, superlink.pid)
+        state = (registry.version, carrier.pid)
         if state == seen and not joined.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_TICK):
@@ -150,6 +159,22 @@ async def _follow(registry: Registry, superlink: SuperLink, joined: asyncio.Even
         seen = state
         count = sum(site.revoked is None for site in registry.sites())
         LOG.info("SuperLink knows %s sites", count, extra={"action": "ready"})
+
+
+async def _continue_runs(
+    directory: ServerDirectory, superlink: SuperLink, starter: KeptProcess
+) -> None:
+    """Lets every run go on that something killed, for as long as the server runs."""
+    with Runs(superlink.address, superlink.client_context(), timeout=10.0) as link:
+        continuation = Continuation(directory, link, lambda: starter.started, starter.children)
+        while True:
+            await asyncio.sleep(_TICK)
+            try:
+                await asyncio.to_thread(continuation.look)
+            except FedgraftError as error:  # the SuperLink is away; `_follow` says so
+                LOG.debug("looking after runs: %s", error)
+            except Exception:
+                LOG.exception("looking after runs", extra={"action": "continue"})
 
 
 async def _hourly(work: Callable[[], None]) -> None:

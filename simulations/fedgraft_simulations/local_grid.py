@@ -25,15 +25,21 @@ class LocalGrid(Grid):
         app: answers for every site; a site's Context has its number as `partition-id`.
         count: sites; node k + 1 is site k.
         on_reply: called with a site's number after each of its replies.
+        lost: whether a message never arrives; its site does not answer.
     """
 
     def __init__(
-        self, app: ClientApp, count: int, on_reply: Callable[[int], None] = lambda _: None
+        self,
+        app: ClientApp,
+        count: int,
+        on_reply: Callable[[int], None] = lambda _: None,
+        lost: Callable[[Message], bool] = lambda _: False,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = RUN_ID
         TaskIdentity.node_id = 0
         self._app = app
         self._on_reply = on_reply
+        self._lost = lost
         self._contexts = {site + 1: local_context(site, count) for site in range(count)}
         self._replies: dict[str, Message] = {}
         self._sent = 0
@@ -68,8 +74,10 @@ class LocalGrid(Grid):
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
             node = message.metadata.dst_node_id
-            self._replies[message.metadata.message_id] = self._app(message, self._contexts[node])
             ids.append(message.metadata.message_id)
+            if self._lost(message):
+                continue
+            self._replies[message.metadata.message_id] = self._app(message, self._contexts[node])
             self._on_reply(node - 1)
         return ids
 

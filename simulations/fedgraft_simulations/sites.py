@@ -13,10 +13,13 @@ from pathlib import Path
 from flwr.app import Context
 
 from fedgraft_client.runtime import Runtime
+from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore
 from fedgraft_common.plan import Plan
+from fedgraft_common.site_signature import SiteKey, Trust
 from fedgraft_simulations.partition import Share, partition
+from fedgraft_simulations.throwaway_keys import kept_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,23 @@ class SimulatedSites:
         """What each site holds."""
         return list(_shares(self._key()))
 
+    def trust(self) -> Trust:
+        """Whose certificates count in this simulation."""
+        return self._keys()[1]
+
+    def _keys(self) -> tuple[dict[str, SiteKey], Trust]:
+        names = [share.name for share in _shares(self._key())]
+        return kept_keys(self.directory / "keys.json", names)
+
     def _key(self) -> str:
         """Mechanism and rounds do not change who holds what: variants share sites."""
         return self.plan.model_dump_json(
-            include={"seed": True, "data": True, "sites": True, "privacy": {"unit": True}}
+            include={
+                "seed": True,
+                "data": True,
+                "sites": True,
+                "privacy": {"unit": True, "secure_aggregation": True},
+            }
         )
 
 
@@ -62,14 +78,22 @@ def _shares(key: str) -> tuple[Share, ...]:
 
 @lru_cache(maxsize=4)
 def _sites(key: str, directory: Path, device: str) -> tuple[Site, ...]:
-    runtime, unit = Runtime(device), Plan.model_validate_json(key).privacy.unit
+    plan = Plan.model_validate_json(key)
+    runtime, unit = Runtime(device), plan.privacy.unit
+    members: dict[str, Membership] = {}
+    if plan.privacy.secure_aggregation == "real":
+        keys, trust = kept_keys(directory / "keys.json", [share.name for share in _shares(key)])
+        members = {name: Membership(mine, lambda: trust) for name, mine in keys.items()}
     return tuple(
         Site(
-            SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True),
+            SiteConfig(
+                share.name, share.classes, share.train.unit_count, simulated=True, task=share.spec
+            ),
             share.train,
             runtime,
             SiteStore(directory / share.name, durable=False, unit=unit),
             held_out=share.test,
+            membership=members.get(share.name),
         )
         for share in _shares(key)
     )

@@ -72,7 +72,7 @@ def exported(
         model.load(
             {n: 0.5 * torch.randn(t.shape, generator=generator) for n, t in model.state().items()}
         )
-        inputs = backbone.example(4, generator)
+        (inputs,) = backbone.example(4, generator)
         folder = root / f"{name}-{method}"
         model.save(folder / "adapter")
         save_file({"inputs": inputs}, folder / "inputs.safetensors")

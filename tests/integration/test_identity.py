@@ -22,6 +22,7 @@ from fedgraft_client.identity import Identity, join, load_identity, renew_if_due
 from fedgraft_common.certificates import private_pem, read_certificate, read_private_key
 from fedgraft_common.errors import IdentityError
 from fedgraft_common.invite import Invite
+from fedgraft_common.site_signature import key_fingerprint, verify
 
 if TYPE_CHECKING:
     from conftest import Federation  # type: ignore[import-not-found]
@@ -85,6 +86,23 @@ def test_flower_reads_the_node_key(federation: Federation) -> None:
     key = bytes_to_private_key((identity.directory / "node.key").read_bytes())
     assert public_key_to_bytes(key.public_key()) == written
     assert uses_nist_ec_curve(bytes_to_public_key(written))
+
+
+def test_a_site_signs_and_its_peers_know_the_signature(federation: Federation) -> None:
+    """Also after the certificate was renewed: the key stays, and with it what peers pinned."""
+    north, south = federation.join("north"), federation.join("south")
+    keys = [north.site_key()]
+    federation.clock.ahead = 80 * DAY
+    renewed = renew_if_due(north, federation.clock)
+    assert renewed is not None
+    keys.append(renewed.site_key())
+    assert keys[0].certificate != keys[1].certificate
+    trust = south.trust(federation.clock(), {"north": key_fingerprint(keys[0].key.public_key())})
+    for key in keys:
+        public = trust.check("north", key.certificate_der)
+        verify(public, "roster", b"text", key.sign("roster", b"text"), "north")
+    with pytest.raises(IdentityError, match="certificate of site north"):
+        trust.check("north", south.site_key().certificate_der)
 
 
 # --- refused joins

@@ -21,6 +21,7 @@ from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached
 from fedgraft_client.runtime import Workbench
 from fedgraft_common.messages import Tensors
+from fedgraft_common.modality import Raw, is_pair, take
 from fedgraft_simulations.partition import Share
 
 
@@ -46,12 +47,12 @@ class Candidates:
         train, test = share.train, share.test
         first, second = _units(train), _units(test)
         records = Records(
-            torch.cat([train.images, test.images]),
+            together(train.inputs, test.inputs),
             torch.cat([train.labels, test.labels]),
             torch.cat([first, second + train.unit_count]),
         )
         members = np.arange(records.unit_count) < train.unit_count
-        return cls(share, records, bench.cache(records.images), members)
+        return cls(share, records, bench.cache(records.inputs), members)
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
@@ -71,7 +72,7 @@ class Candidates:
         units = None
         if self.share.train.units is not None:
             _, units = torch.from_numpy(self.units)[rows].unique(return_inverse=True)
-        return Records(self.records.images[rows], self.records.labels[rows], units)
+        return Records(take(self.records.inputs, rows), self.records.labels[rows], units)
 
     def per_unit(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean over each unit's records: (N,) to (U,)."""
@@ -101,6 +102,15 @@ def log_probability(
     with torch.no_grad():
         loss = functional.cross_entropy(head.cpu()(features).double(), labels, reduction="none")
     return -loss.numpy()
+
+
+def together(first: Raw, second: Raw) -> Raw:
+    """Records of one modality, one after the other."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.cat([first, second])
+    if is_pair(first) and is_pair(second):
+        return torch.cat([first[0], second[0]]), [*first[1], *second[1]]
+    return [*first, *second]
 
 
 def _units(records: Records) -> torch.Tensor:

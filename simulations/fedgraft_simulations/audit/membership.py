@@ -47,6 +47,8 @@ from fedgraft_simulations.audit.update_regression import UpdateRegression
 from fedgraft_simulations.simulate import variant
 
 CONTROL_ROUNDS = 6
+CONTROL_RUN, OPEN_RUN = 0, -1
+"""Numbers of the runs that are no reference: without DP, and with sums in the open."""
 CONTROL = 0.1
 """True positive rate that the control must reach at a false positive rate of 1 %: tenfold."""
 
@@ -83,13 +85,18 @@ class MembershipPart:
         size, plan = SIZES[context.effort], context.plan
         progress(0.0, "rehearsing the plan")
         run = context.rehearsal
-        bench = run.sites[0].runtime.workbench(run.plan)
+        bench = run.sites[0].bench(run.plan)
         candidates = [Candidates.of(share, bench) for share in run.shares]
         members = np.concatenate([site.members for site in candidates])
         progress(0.1, "reference runs")
         released = attack_released(context, candidates, members, size.references, progress)
         progress(0.6, "updates of each round")
-        updates = roc_of("updates", attack_updates(context, run, candidates, size.rounds), members)
+        received = run
+        if run.plan.secure:  # what the server unmasks is the sum; here it is seen without masks
+            chosen = [site.members for site in candidates]
+            received = reference_run(context, candidates, chosen, OPEN_RUN)
+        scores = attack_updates(context, received, candidates, size.rounds)
+        updates = roc_of("updates", scores, members)
         progress(0.8, "the same with DP off")
         control = None if _without_dp(plan) else attack_control(context, candidates, members)
         progress(0.9, "refitted heads")
@@ -194,6 +201,9 @@ def reference_run(
         chosen: (U,) for each site, which units it holds.
         number: of the run; its noise and its directory are its own.
         plan: another plan than the one under audit.
+
+    Sums are added in the open: masks hide the summands from the server, and change nothing in what
+    the attacks here look at.
     """
     run, directory = (
         context.rehearsal,
@@ -213,7 +223,8 @@ def reference_run(
             held_out=share.test,
         )  # fmt: skip
 
-    return Rehearsal.run(plan or run.plan, directory, sites=site, device=context.device)
+    plan = (plan or run.plan).replace({"privacy.secure_aggregation": "summed"})
+    return Rehearsal.run(plan, directory, sites=site, device=context.device)
 
 
 def attack_updates(
@@ -221,7 +232,7 @@ def attack_updates(
 ) -> NDArray[np.float64]:
     """Scores of all candidates from the updates of a run: of each site, or of their sum."""
     plan = run.plan
-    bench = run.sites[0].runtime.workbench(plan)
+    bench = run.sites[0].bench(plan)
     heads = [site.trained_head(plan) for site in run.sites]
     steps = [site.step(plan) for site in run.sites]
     summed = plan.privacy.mechanism == "distributed"
@@ -257,7 +268,7 @@ def attack_control(
     changes = {"rounds.count": min(CONTROL_ROUNDS, context.plan.rounds.count)}
     plan = variant(context.plan, "none").replace(changes)
     chosen = [site.members for site in candidates]
-    run = reference_run(context, candidates, chosen, 0, plan)
+    run = reference_run(context, candidates, chosen, CONTROL_RUN, plan)
     scores = attack_updates(context, run, candidates, CONTROL_ROUNDS)
     shutil.rmtree(run.directory, ignore_errors=True)
     return roc_of("updates", scores, members)
@@ -270,7 +281,7 @@ def attack_heads(context: AuditContext, candidates: Sequence[Candidates], count:
     as an attacker wants, each on as many random units of the site as the site trained on.
     """
     run = context.rehearsal
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     found: dict[str, list[NDArray[np.float64]]] = {
         "LiRA": [], "RMIA": [], "Attack-R": [], "Attack-P": []
     }  # fmt: skip
@@ -308,7 +319,7 @@ def worst_step(run: Rehearsal) -> StepNoise:
 
 def _confidence(run: Rehearsal, candidates: Sequence[Candidates]) -> NDArray[np.float64]:
     """What a run's released adapter, with each site's DP-trained or fixed head, is sure of."""
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     return np.concatenate(
         [
             candidate.confidence(bench, run.adapter, site.trained_head(run.plan))

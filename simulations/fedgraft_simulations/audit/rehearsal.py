@@ -94,9 +94,10 @@ class RecordingGrid(LocalGrid):
         for request, name in zip(requests, ids, strict=True):
             site = request.metadata.dst_node_id - 1
             kind, number = request.metadata.message_type, read_request(request).round
-            file = self._directory / f"{kind}-{number:06d}-{site:06d}"
+            stem = f"{kind}-{number:06d}-{site:06d}"  # a kind may have a dot in it
             for suffix, message in ((".request.pb", request), (".pb", self._replies[name])):
-                file.with_suffix(suffix).write_bytes(message_to_proto(message).SerializeToString())
+                content = message_to_proto(message).SerializeToString()
+                (self._directory / f"{stem}{suffix}").write_bytes(content)
         return ids
 
 
@@ -134,7 +135,8 @@ class Rehearsal:
         Args:
             plan: `aggregation.sites` is taken from `sites.count`.
             directory: for everything the run leaves; empty.
-            sites: the site of each number, instead of the plan's own simulated sites.
+            sites: the site of each number, instead of the plan's own simulated sites; those with
+                secure aggregation need a membership.
             device: where sites train.
             on_round: told the number of each finished round.
 
@@ -155,11 +157,12 @@ class Rehearsal:
         app = client_app(lambda context: every[int(context.node_config["partition-id"])])
         grid = RecordingGrid(app, count, directory / "replies")
         try:
-            server_app(plan, directory / "server", note, durable=False)(grid, local_context(0, 1))
+            server = server_app(plan, directory / "server", note, False, simulated.trust)
+            server(grid, local_context(0, 1))
         except MessageError as error:  # the sites are ours, so their own reason is shown
             own = (site.last_error for site in every)
             raise next((reason for reason in own if reason is not None), error) from None
-        initial = every[0].runtime.workbench(plan).initial
+        initial = every[0].bench(plan).initial
         shares = simulated.shares()
         return cls(plan, directory, tuple(every), tuple(shares), initial, final[0])
 
@@ -173,7 +176,7 @@ class Rehearsal:
         rounds = "*" if number is None else f"{number:06d}"
         for file in sorted((self.directory / "replies").glob(f"{kind}-{rounds}-??????.pb")):
             found, asked, site = file.stem.split("-")
-            wire = file.with_suffix(".request.pb").read_bytes()
+            wire = file.with_name(f"{file.stem}.request.pb").read_bytes()
             request = message_from_proto(ProtoMessage.FromString(wire))
             yield Exchange(int(site), int(asked), found, request, file.read_bytes())
 
@@ -181,7 +184,7 @@ class Rehearsal:
         """What each site sent in a training round, in the order of sites: adapters (local, none)
         or noisy gradient sums (distributed).
         """
-        schema = self.sites[0].runtime.workbench(self.plan).adapted.schema
+        schema = self.sites[0].bench(self.plan).adapted.schema
         return [
             from_record(exchange.reply.content.array_records[ADAPTER], schema)
             for exchange in self.exchanges("train", number)

@@ -30,6 +30,7 @@ class Name(StrEnum):
     FEDERATION_OVERHEAD = "federation_overhead"
     PREFIX_CACHE = "prefix_cache"
     SECURE_NOISE = "secure_noise"
+    SECURE_AGGREGATION = "secure_aggregation"
     THOUSAND_SITES = "thousand_sites"
     LONG_LEDGER = "long_ledger"
     DIGITS_VIT = "digits_vit"

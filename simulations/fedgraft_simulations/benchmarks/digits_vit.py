@@ -144,13 +144,13 @@ def common_plan(backbone: Path) -> Plan:
 
 def write_data(plan: Plan, directory: Path) -> None:
     """The sites' records, prepared, for the peer."""
-    prepare = load_backbone(plan.backbone).manifest.preprocessing
+    prepare = load_backbone(plan.backbone).prepare
     for number, share in enumerate(partition(plan)):
         np.savez(
             directory / f"site-{number}.npz",
-            train_x=prepare(share.train.images).numpy(),
+            train_x=prepare(share.train.inputs)[0].numpy(),
             train_y=share.train.labels.numpy(),
-            test_x=prepare(share.test.images).numpy(),
+            test_x=prepare(share.test.inputs)[0].numpy(),
             test_y=share.test.labels.numpy(),
         )
 

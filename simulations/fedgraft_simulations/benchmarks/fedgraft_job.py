@@ -33,13 +33,13 @@ def run(plan: Plan, directory: Path) -> dict[str, float]:
         adapter.update(summary.adapter)
 
     sites = SimulatedSites(plan, directory / "sites", "cpu")
-    server = server_app(plan, directory / "server", note, durable=False)
+    server = server_app(plan, directory / "server", note, durable=False, trust=sites.trust)
     server(LocalGrid(client_app(sites), plan.sites.count), local_context(0, 1))
 
     trained, refitted = [], []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
-        bench = site.runtime.workbench(plan)
-        test: Cached = bench.cache(share.test.images)
+        bench = site.bench(plan)
+        test: Cached = bench.cache(share.test.inputs)
         features = bench.features(adapter, test)
         trained.append(_accuracy(site.trained_head(plan), features, share.test))
         refitted.append(_accuracy(site.refit(plan, adapter), features, share.test))

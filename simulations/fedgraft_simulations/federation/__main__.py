@@ -81,15 +81,15 @@ def run(directory: Path, plan: Plan, console: Console) -> Tensors:
         with console.status("Server and sites start ..."):
             federation.start_server()
             for share in shares:
-                federation.join(share.name, share.classes, share.train.unit_count, plan)
+                federation.join(share, plan)
                 federation.start_site(share.name)
-        folder = _started(federation)
+        folder = begin(federation)
         with console.status("") as status:
-            _follow(federation, folder, plan, lambda words: status.update(words))
+            follow(federation, folder, lambda n: status.update(f"round {n} of {plan.rounds.count}"))
         return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def _started(federation: Federation) -> Path:
+def begin(federation: Federation) -> Path:
     """Starts the run as soon as the SuperLink knows the sites; returns its directory."""
     end = time.monotonic() + 60
     while True:
@@ -102,12 +102,21 @@ def _started(federation: Federation) -> Path:
             time.sleep(1)
 
 
-def _follow(federation: Federation, folder: Path, plan: Plan, tell: Callable[[str], None]) -> None:
-    """Waits for the end, by the checkpoints; asks Flower now and then whether the run still is."""
+def follow(federation: Federation, folder: Path, tell: Callable[[int], None]) -> None:
+    """Waits for the end, by the checkpoints; asks Flower now and then whether the run still is.
+
+    Args:
+        federation: which was started.
+        folder: of the run.
+        tell: called twice a second with the number of finished rounds.
+
+    Raises:
+        ServerError: the run failed or was stopped.
+    """
     asked = time.monotonic()
     while True:
         rounds = sorted(folder.glob("round-*.safetensors"))
-        tell(f"round {int(rounds[-1].stem[6:]) if rounds else 0} of {plan.rounds.count}")
+        tell(int(rounds[-1].stem[6:]) if rounds else 0)
         finished = (folder / "adapter" / "adapter_model.safetensors").exists()
         if finished or time.monotonic() - asked > 15:
             asked = time.monotonic()

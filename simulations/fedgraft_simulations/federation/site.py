@@ -9,6 +9,7 @@ noise and sampling come from the plan's seed, so that the result can be compared
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,10 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedgraft_client.opening import open_store
 from fedgraft_client.runtime import Runtime
+from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import load_site_file
-from fedgraft_client.up import resident
-from fedgraft_common.logs import set_up_logs
+from fedgraft_client.up import run_until_stopped
+from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, load_plan
 from fedgraft_simulations.partition import partition
 
@@ -32,6 +34,7 @@ def open_simulated(
     site_file: Path,
     operator_key: Ed25519PublicKey | None = None,
     locate: Callable[[Plan], Path | None] = lambda _: None,
+    membership: Membership | None = None,
 ) -> Site:
     """The site with the records of one share of the plan's data, and reproducible noise."""
     file, share = load_site_file(site_file), partition(plan)[number]
@@ -39,16 +42,15 @@ def open_simulated(
     return Site(
         config, share.train, Runtime(file.device, file.physical_batch, locate),
         open_store(file, site_file.parent), file.policy,
-        held_out=share.test, operator_key=operator_key,
+        held_out=share.test, operator_key=operator_key, membership=membership,
     )  # fmt: skip
 
 
 def main() -> None:
     """Runs until SIGTERM."""
     site_file, plan, number = Path(sys.argv[1]), load_plan(Path(sys.argv[2])), int(sys.argv[3])
-    set_up_logs()
-    with resident(site_file, partial(open_simulated, plan, number)) as daemon, daemon.signals():
-        daemon.run()
+    set_up_logs(bool(os.environ.get(AS_JSON)), facts={"site": load_site_file(site_file).name})
+    sys.exit(run_until_stopped(site_file, partial(open_simulated, plan, number)))
 
 
 if __name__ == "__main__":

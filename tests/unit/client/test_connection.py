@@ -52,6 +52,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedgraft_client import connection as module
 from fedgraft_client.connection import Dialler, FleetConnection, Limits, RunOver
 from fedgraft_common.errors import LinkError, MessageError
+from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import Status, write_reply
 
 NODE = 2**63 + 5
@@ -78,6 +79,7 @@ class Fake:
         self.bodies: dict[str, list[bytes]] = {}
         self.headers: dict[str, str] = {}
         self.extra: dict[str, str] = {}
+        self.broken: dict[str, int] = {}  # calls whose answers are lost, and how many
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -88,6 +90,10 @@ class Fake:
                 fake.bodies.setdefault(call, []).append(body)
                 fake.headers = {k.lower(): v for k, v in self.headers.items()}
                 answer = fake.answers[call]
+                if fake.broken.get(call, 0):
+                    fake.broken[call] -= 1
+                    self.close_connection = True
+                    return
                 status, content = answer(body) if callable(answer) else answer
                 self.send_response(status)
                 for name, value in fake.extra.items():
@@ -164,6 +170,8 @@ def test_flower_has_what_is_used_here() -> None:
     assert {"interceptors", "verify", "timeout", "retry_invoker"} <= set(parameters)
     assert parameters["retry_invoker"].default is None  # Flower's own would interrupt the process
     assert list(inspect.signature(ProtobufClient._send).parameters) == ["self", "context", "stream"]
+    assert "rpc_method" in inspect.signature(ProtobufClient._unary_unary).parameters
+    assert module._ONCE in inspect.getsource(FleetHttpClient.PullMessages)
     for call in (
         "ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages",
         "PullObject", "PushObject", "ConfirmMessageReceived",
@@ -307,8 +315,14 @@ def test_more_than_the_limit_is_not_read(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
-        (Limits(message=50), "message: found 'more bytes'; allowed: at most 50"),
-        (Limits(objects=2), "message: found '4 objects'; allowed: at most 2"),
+        (
+            Limits(message=MessageLimits(bytes=50)),
+            "message: found 'more bytes'; allowed: at most 50",
+        ),
+        (
+            Limits(message=MessageLimits(objects=2)),
+            "message: found '4 objects'; allowed: at most 2",
+        ),
     ],
 )
 def test_a_message_beyond_the_limits_is_refused(fake: Fake, limits: Limits, text: str) -> None:
@@ -361,6 +375,61 @@ def test_the_end_of_a_run_is_an_event(fake: Fake) -> None:
         fake.answers["push-messages"] = (403, b"forbidden")
         with pytest.raises(LinkError, match="HTTP 403"):
             line.send(reply)
+
+
+@pytest.mark.parametrize("call", ["pull-object", "confirm-message-received", "activate-node"])
+def test_a_lost_answer_is_asked_for_again(fake: Fake, call: str) -> None:
+    fake.offer(message())
+    fake.broken[call] = 2
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        assert line.receive() is not None
+    assert fake.broken[call] == 0
+    fake.broken[call] = 100
+    with (
+        pytest.raises(LinkError, match="disconnected without sending a response"),
+        FleetConnection(fake.address, KEY, tls=None) as line,
+    ):
+        line.receive()
+
+
+def test_a_message_whose_answer_was_lost_is_not_asked_for_again(fake: Fake) -> None:
+    """The server has handed it out; a site that connects anew is asked once more."""
+    fake.offer(message())
+    fake.broken["pull-messages"] = 1
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        with pytest.raises(LinkError, match="disconnected without sending a response"):
+            line.receive()
+        assert fake.calls.count("pull-messages") == 1
+
+
+def test_a_reply_is_offered_again_when_an_object_was_not_taken(fake: Fake) -> None:
+    """Flower takes an object once; if that answer is lost, only a new offer says what it has."""
+    missing: list[str] = []
+
+    def offered(body: bytes) -> tuple[int, bytes]:
+        if not missing:
+            tree = PushMessagesRequest.FromString(body).message_object_trees[0]
+            missing.append(tree.object_id)
+        response = PushMessagesResponse(objects_to_push=missing, session_id="s")
+        return 200, response.SerializeToString()
+
+    def taken(body: bytes) -> tuple[int, bytes]:
+        name = PushObjectRequest.FromString(body).object_id
+        stored = fake.bodies["push-object"].count(body) == 1
+        if not stored:
+            missing[:] = ["nothing"]
+        assert name
+        return 200, PushObjectResponse(stored=stored).SerializeToString()
+
+    fake.answers |= {"push-messages": offered, "push-object": taken}
+    fake.broken["push-object"] = 1
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        line.send(line.prepare(write_reply(message(), 1, Status.OK)))
+        assert fake.calls.count("push-messages") == 2
+        fake.answers["push-object"] = (200, PushObjectResponse(stored=False).SerializeToString())
+        missing.clear()
+        with pytest.raises(LinkError, match="would not store"):
+            line.send(line.prepare(write_reply(message(), 2, Status.OK)))
 
 
 def test_a_site_that_was_killed_says_goodbye_first(fake: Fake, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def site_model(plan: Plan) -> tuple[SiteModel, Cached]:
     head = initial_head(plan, CLASSES, adapted.feature_dim)
     model = SiteModel(Prefix(adapted), head, torch.device("cpu"))
     example = adapted.backbone.example(len(LABELS), torch.Generator().manual_seed(5))
-    return model, model.prefix.compute(example)
+    return model, model.prefix.compute(*example)
 
 
 def randomise(model: nn.Module, seed: int = 7) -> None:
@@ -126,7 +126,7 @@ def test_the_chosen_engine_is_the_first_exact_one(source: str, method: str, head
     model, cached = site_model(plan)
     hooks, modes = hook_count(model), [m.training for m in model.modules()]
     own = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine, verdicts = choose_engine(model, cached, len(CLASSES))
+    engine, verdicts = choose_engine(model, cached, LABELS)
     expected = "vmap" if method == "film" and "vit" not in source else "hooks"
     assert engine.name == expected
     assert verdicts[-1].engine == expected
@@ -159,7 +159,7 @@ def test_a_batch_in_the_second_dimension_is_caught(steps: int) -> None:
     torch.manual_seed(1)
     model = SequenceFirst()
     inputs = torch.randn(3, steps, 4)
-    engine, verdicts = choose_engine(model, (inputs,), len(CLASSES))
+    engine, verdicts = choose_engine(model, (inputs,), LABELS[:3])
     assert verdicts[0].engine == "hooks"
     assert verdicts[0].error > 0.1
     assert engine.name in ("vmap", "loop")
@@ -196,7 +196,7 @@ def test_xlnet_is_caught() -> None:
     torch.manual_seed(2)
     model = XLNet()
     inputs = torch.randn(3, 3, 16)
-    engine, verdicts = choose_engine(model, (inputs,), len(CLASSES))
+    engine, verdicts = choose_engine(model, (inputs,), LABELS[:3])
     assert verdicts[0].engine == "hooks"
     assert not verdicts[0].exact
     assert engine.name in ("vmap", "loop")
@@ -223,7 +223,7 @@ def test_swin_windows_folded_into_the_batch_are_caught(tmp_path: Path) -> None:
     )
     model, cached = site_model(plan)
     assert all("attention" in name for name in trained(model) if not name.startswith("head"))
-    engine, verdicts = choose_engine(model, cached, len(CLASSES))
+    engine, verdicts = choose_engine(model, cached, LABELS)
     assert verdicts[0].engine == "hooks"
     assert not verdicts[0].exact
     assert engine.name in ("vmap", "loop")
@@ -249,7 +249,7 @@ def test_a_model_that_is_not_deterministic_is_refused() -> None:
     model = Forgetful()
     own = model.head.weight.detach().clone()
     with pytest.raises(GradientError) as refusal:
-        choose_engine(model, (torch.randn(3, 16),), len(CLASSES))
+        choose_engine(model, (torch.randn(3, 16),), LABELS[:3])
     text = str(refusal.value)
     for part in ("per-example gradients", "hooks", "vmap", "loop", "cannot be trained under DP"):
         assert part in text
@@ -271,7 +271,7 @@ class Coupled(nn.Module):
 
 def test_records_that_see_each_other_are_computed_one_by_one() -> None:
     torch.manual_seed(5)
-    engine, verdicts = choose_engine(Coupled(), (torch.randn(3, 4),), len(CLASSES))
+    engine, verdicts = choose_engine(Coupled(), (torch.randn(3, 4),), LABELS[:3])
     assert not verdicts[0].exact
     assert engine.name in ("vmap", "loop")
 
@@ -319,3 +319,21 @@ def test_only_adapter_and_head_are_trained(source: str) -> None:
     adapted: AdaptedBackbone = model.prefix.model
     expected = {id(p) for p in [*adapted.adapter.values(), *model.head.parameters()]}
     assert {id(p) for p in trained(model).values()} == expected
+
+
+def test_hooks_that_cannot_be_attached_leave_nothing_behind(resnet_directory: Path) -> None:
+    """Opacus refuses a BatchNorm after it has attached itself to the layers before it."""
+    changes = {
+        "backbone.source": f"dir:{resnet_directory}",
+        "adapter.method": "full",
+        "adapter.layers": "last:1",
+        "head.training": "private",
+    }
+    model, cached = site_model(Plan().replace(changes))
+    engine, verdicts = choose_engine(model, cached, LABELS)
+    assert verdicts[0].note == "(NotImplementedError)"
+    assert engine.name == "vmap"
+    assert hook_count(model) == 1  # the prefix' own
+    randomise(model)
+    truth = by_hand(model, cached, LABELS)
+    assert error(measured(engine, model, cached, LABELS), truth) < 1e-5

@@ -15,6 +15,12 @@ from fedgraft_common.mechanism import StepNoise
 from fedgraft_common.plan import Plan
 
 PINNED = "ab" * 32
+COMPANY = {
+    "privacy__mechanism": "distributed",
+    "training__sample_rate": 0.5,
+    "aggregation__sites": 4,
+    "privacy__tolerated_dropouts": 1,
+}
 STEP = StepNoise(0.5, 1.0, 2.0, 2.0, SamplingEvent(0.5, 2.0, 60))
 
 
@@ -58,6 +64,16 @@ def test_a_signer_vouches_for_backbones() -> None:
         ({"backbones": (PINNED,)}, {}, "backbone.sha256: found 'none'"),
         ({"backbones": (PINNED,)}, {"backbone__sha256": "cd" * 32}, "allowed: abab"),
         ({}, {"backbone__source": "dir:model"}, "the SHA-256 of the weights"),
+        (
+            {"mechanisms": ("distributed",), "minimum_sites": 5},
+            COMPANY,
+            "aggregation.sites: found 4; allowed: at least 5 (policy.minimum_sites)",
+        ),
+        (
+            {"mechanisms": ("distributed",), "minimum_honest_sites": 4},
+            COMPANY,
+            "found 3; allowed: at least 4 (policy.minimum_honest_sites)",
+        ),
         ({}, {"privacy__mechanism": "none"}, "privacy.mechanism: found 'none'; allowed: local"),
     ],
 )

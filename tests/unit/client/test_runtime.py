@@ -108,9 +108,9 @@ def test_caching_in_chunks_is_caching_at_once(plan: Plan) -> None:
         assert torch.allclose(whole[-3:], part, atol=1e-5)
     features = bench.features(bench.initial, cached)
     assert features.shape == (len(many), bench.adapted.feature_dim)
-    prepared = bench.adapted.backbone.manifest.preprocessing(many)
+    prepared = bench.adapted.backbone.prepare(many)
     with torch.no_grad():
-        assert torch.allclose(features, bench.adapted(prepared), atol=1e-5)
+        assert torch.allclose(features, bench.adapted(*prepared), atol=1e-5)
 
 
 def gradients_by_hand(bench: Workbench, head: LinearHead) -> torch.Tensor:
@@ -120,7 +120,7 @@ def gradients_by_hand(bench: Workbench, head: LinearHead) -> torch.Tensor:
     parameters = list(bench.adapted.adapter.values())
     if head.linear.weight.requires_grad:
         parameters += list(own.parameters())
-    inputs = bench.adapted.backbone.manifest.preprocessing(IMAGES)
+    (inputs,) = bench.adapted.backbone.prepare(IMAGES)
     rows = []
     for i, label in enumerate(LABELS):
         features = bench.adapted(inputs[i : i + 1])

@@ -100,7 +100,7 @@ class Oracle:
         self.model.load(adapter)
         self.head = LinearHead(head.linear.in_features, head.linear.out_features)
         self.head.load_state_dict(head.state_dict())
-        self.inputs = self.model.backbone.manifest.preprocessing(IMAGES)
+        (self.inputs,) = self.model.backbone.prepare(IMAGES)
         fixed = plan.head.training == "fixed"
         self.adapter_parameters = list(self.model.adapter.values())
         self.head_parameters = [] if fixed else list(self.head.parameters())

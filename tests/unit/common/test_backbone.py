@@ -12,18 +12,16 @@ import pytest
 import torch
 from peft import LNTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModel
 
 from fedgraft_common.backbone import (
     Backbone,
-    Preprocessing,
     embedded_directory,
-    find_blocks,
     load_backbone,
 )
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.plan import Backbone as Config
+from fedgraft_common.preparations import ImagePreparation
 
 
 def load(directory: Path, sha256: str | None = None) -> Backbone:
@@ -70,7 +68,7 @@ def test_every_weight_comes_from_the_file(directory: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         backbone = load(directory)
-        output = backbone.model(backbone.example(2, torch.Generator().manual_seed(0)))
+        output = backbone.model(*backbone.example(2, torch.Generator().manual_seed(0)))
         pooled = getattr(output, "pooler_output", None)
         features.append([output.last_hidden_state, *([] if pooled is None else [pooled])])
     assert all(torch.equal(one, other) for one, other in zip(*features, strict=True))
@@ -172,9 +170,9 @@ def test_manifest(copy: Path) -> None:
     backbone = load(copy)
     assert (backbone.manifest.name, backbone.pooling) == ("test", "mean")
     assert backbone.blocks == ("encoder.stages.2",)
-    prepared = backbone.manifest.preprocessing(torch.full((2, 1, 12, 12), 0.75))
+    (prepared,) = backbone.prepare(torch.full((2, 1, 12, 12), 0.75))
     assert torch.equal(prepared, torch.ones(2, 1, 12, 12))
-    assert backbone.example(5, torch.Generator()).shape == (5, 1, 12, 12)
+    assert backbone.example(5, torch.Generator())[0].shape == (5, 1, 12, 12)
 
 
 def test_plan_may_choose_another_pooling(copy: Path) -> None:
@@ -218,7 +216,8 @@ def test_constants_fit_the_channels(copy: Path, mean: list[float], std: list[flo
 def test_without_manifest_constants_come_from_the_processor(copy: Path) -> None:
     processor = {"size": {"height": 20, "width": 20}, "image_mean": [0.2], "image_std": [0.3]}
     (copy / "preprocessor_config.json").write_text(json.dumps(processor))
-    found = load(copy).manifest.preprocessing
+    found = load(copy).preparation
+    assert isinstance(found, ImagePreparation)
     assert (found.channels, found.mean, found.std) == (1, (0.2,), (0.3,))
 
 
@@ -226,30 +225,6 @@ def test_broken_processor_file(copy: Path) -> None:
     (copy / "preprocessor_config.json").write_text("{")
     with pytest.raises(BackboneError, match="preprocessor_config"):
         load(copy)
-
-
-def test_one_channel_is_repeated() -> None:
-    prepare = Preprocessing(channels=3, size=4, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.25))
-    grey = torch.rand(2, 1, 4, 4)
-    expected = torch.cat([grey, (grey - 0.5) / 0.5, (grey - 1.0) / 0.25], dim=1)
-    torch.testing.assert_close(prepare(grey), expected)
-
-
-def test_three_channels_stay_or_become_grey() -> None:
-    colour = torch.rand(2, 3, 4, 4)
-    assert torch.equal(
-        Preprocessing(channels=3, size=4, mean=(0, 0, 0), std=(1, 1, 1))(colour), colour
-    )
-    grey = Preprocessing(channels=1, size=4, mean=(0,), std=(1,))(colour)
-    torch.testing.assert_close(grey, colour.mean(dim=1, keepdim=True))
-
-
-@pytest.mark.parametrize("size", [8, 13])
-def test_resizing_keeps_a_constant_image(size: int) -> None:
-    prepare = Preprocessing(channels=1, size=size, mean=(0.5,), std=(0.25,))
-    prepared = prepare(torch.ones(3, 1, 10, 7))
-    assert prepared.shape == (3, 1, size, size)
-    torch.testing.assert_close(prepared, torch.full((3, 1, size, size), 2.0))
 
 
 # --- blocks
@@ -264,17 +239,6 @@ def test_blocks_of_a_transformer_are_its_layers(vit_directory: Path) -> None:
 
 def test_blocks_of_a_convolutional_network_are_its_stages(resnet_directory: Path) -> None:
     assert load(resnet_directory).blocks == tuple(f"encoder.stages.{i}" for i in range(3))
-
-
-def test_blocks_of_nested_lists_are_the_innermost() -> None:
-    stages = nn.Sequential(
-        nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), nn.Sequential(nn.Linear(2, 2))
-    )
-    assert find_blocks(stages) == ("0.0", "0.1", "0.2", "1.0")
-
-
-def test_a_model_without_lists_has_no_blocks() -> None:
-    assert find_blocks(nn.Linear(2, 2)) == ()
 
 
 # --- what ships with Fedgraft
@@ -296,7 +260,7 @@ def test_embedded_backbone_is_what_its_manifest_says() -> None:
     manifest = json.loads((backbone.directory / "manifest.json").read_text(encoding="utf-8"))
     assert backbone.blocks == tuple(manifest["blocks"])
     assert sum(p.numel() for p in backbone.model.parameters()) == manifest["parameters"]
-    output = backbone.model(backbone.example(2, torch.Generator().manual_seed(0)))
+    output = backbone.model(*backbone.example(2, torch.Generator().manual_seed(0)))
     assert output.pooler_output.flatten(1).shape == (2, manifest["feature_dim"])
     assert manifest["licence"]
 

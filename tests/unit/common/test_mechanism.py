@@ -6,7 +6,7 @@ import pytest
 
 from fedgraft_common.accounting import SamplingEvent, epsilon
 from fedgraft_common.errors import PrivacyError
-from fedgraft_common.mechanism import sample_rate, step_noise
+from fedgraft_common.mechanism import MOST_ROUNDING, sample_rate, step_noise
 from fedgraft_common.plan import Plan
 
 
@@ -90,8 +90,10 @@ def test_distributed_adapter_gets_a_share_and_the_head_everything(
     )
     step = step_noise(changed, 80, "north")
     assert step.event is not None
-    full = step.event.noise_multiplier * 0.5
+    full = step.event.noise_multiplier * 0.5 * (1 + MOST_ROUNDING)  # see fixed_point
     assert step.head_std == full
+    summed = step_noise(changed.replace({"privacy.secure_aggregation": "summed"}), 80, "north")
+    assert summed.head_std == pytest.approx(full / (1 + MOST_ROUNDING), rel=1e-5)
     assert step.adapter_std == pytest.approx(full / math.sqrt(shares), rel=1e-12)
     assert shares * step.adapter_std**2 == pytest.approx(full**2)  # what the sum holds at least
     assert 0.99 * 8 <= step.epsilon(1e-5) <= 8

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from typer.testing import CliRunner
 
-from fedgraft_common.backbone import embedded_directory
+from fedgraft_common.backbone import embedded_directory, load_backbone
 from fedgraft_common.backbone_protocol import ManifestRequest
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.manifest import build_manifest
@@ -52,6 +52,19 @@ def test_added_twice_is_added_once(tmp_path: Path) -> None:
         assert signed is not None and signed.verify(KEY.public_key()) == manifest
     assert library.find(ManifestRequest()) is None
     assert library.find(ManifestRequest(name="glyphs", sha256="0" * 64)) is None
+
+
+def test_the_server_loads_what_it_hands_out(tmp_path: Path) -> None:
+    """Runs check the same manifest as sites do."""
+    library = BackboneLibrary(tmp_path)
+    manifest = library.add(GLYPHS, KEY)
+    request = ManifestRequest(sha256=manifest.weights_sha256, manifest_sha256=manifest.hash)
+    directory = library.assembled(request)
+    config = Backbone(
+        source="server:glyphs", sha256=manifest.weights_sha256, manifest_sha256=manifest.hash
+    )
+    assert load_backbone(config, directory).manifest.name == "glyphs"
+    assert library.assembled(request) == directory
 
 
 def test_a_name_stays_with_its_backbone(tmp_path: Path) -> None:

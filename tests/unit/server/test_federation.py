@@ -57,7 +57,8 @@ def plan(resnet_directory: Path) -> Plan:
 
 def distributed(plan: Plan, **lost: int) -> Plan:
     changes: dict[str, object] = {f"privacy.tolerated_{name}": n for name, n in lost.items()}
-    return plan.replace({"privacy.mechanism": "distributed"} | changes)
+    summed = {"privacy.mechanism": "distributed", "privacy.secure_aggregation": "summed"}
+    return plan.replace(summed | changes)
 
 
 def echo(message: Message, site: int) -> Message:
@@ -148,7 +149,7 @@ def test_finished_run_asks_nobody_again(plan: Plan, tmp_path: Path) -> None:
 def test_cut_and_resumed_run_equals_the_uninterrupted_one(
     plan: Plan, tmp_path: Path, cut: int, mechanism: str
 ) -> None:
-    plan = plan.replace({"privacy.mechanism": mechanism})
+    plan = distributed(plan) if mechanism == "distributed" else plan
     whole: list[RoundSummary] = []
     expected = run_federation(plan, grid_of(), tmp_path / "whole", whole.append, durable=False)
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.retry import RetryState
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from fedgraft_common.messages import Status, to_record, write_reply
+from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.messages import Status, read_status, to_record, write_reply
 from fedgraft_common.packing import pack
 from fedgraft_server.replies import Replies
 
@@ -91,6 +97,9 @@ def test_flower_has_what_is_used_here() -> None:
         assert list(inspect.signature(getattr(RuntimeHttpClient, call)).parameters) == [
             "self", "request"
         ]  # fmt: skip
+    retry = grid._retry_invoker
+    assert {"on_success", "wait_gen_factory"} <= vars(retry).keys()
+    assert "tries" in {f.name for f in dataclasses.fields(RetryState)}
 
 
 def test_complete_replies_are_handed_over_once(api: Api, replies: Replies) -> None:
@@ -125,12 +134,74 @@ def test_a_reply_that_was_lost_or_altered_is_dropped(api: Api, replies: Replies)
     assert not api.confirmed
 
 
+@pytest.mark.parametrize("fact", ["src_node_id", "reply_to_message_id"])
+def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str) -> None:
+    """What a message says inside is the site's own word; what it was announced with counts."""
+    reply = api.arrive("r1", 3)
+    honest = reply.object_id
+    reply.metadata.__dict__["_" + fact] = {"src_node_id": 4, "reply_to_message_id": "r2"}[fact]
+    forged = make_message(metadata=reply.metadata, content=reply.content)
+    content = forged.deflate()
+    name = hashlib.sha256(content).hexdigest()
+    assert name != honest
+    api.objects[name] = content
+    tree = ObjectTree(object_id=name, children=get_object_tree(reply).children)
+    metadata = Metadata(
+        run_id=1, message_id=name, src_node_id=3, dst_node_id=1, reply_to_message_id="r1",
+        group_id="", created_at=1e9, ttl=1e9, message_type="train",
+    )  # fmt: skip
+    announced = message_to_proto(make_message(metadata=metadata, content=RecordDict()))
+    response = PullAppMessagesResponse(messages_list=[announced], message_object_trees=[tree])
+    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    [found] = replies.collect(["r1"])
+    assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
+    assert read_status(found) is Status.FAILED
+    assert api.confirmed == [name]
+
+
+@pytest.mark.parametrize(
+    "limits", [MessageLimits(bytes=300), MessageLimits(objects=3), MessageLimits(description=20)]
+)
+def test_a_reply_beyond_the_limits_is_an_answer_without_content(
+    api: Api, replies: Replies, limits: MessageLimits
+) -> None:
+    replies._limits = limits
+    api.arrive("r1", 30)
+    [found] = replies.collect(["r1"])
+    assert found.metadata.src_node_id == 30
+    assert read_status(found) is Status.FAILED
+    assert len(api.confirmed) == 1
+    assert replies.collect(["r1"]) == []
+
+
 def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies: Replies) -> None:
     slow = api.arrive("r1", 3, complete=False)
     assert replies.collect(["r1"]) == []
     replies.forget(3)
     api.finish(slow)
     assert replies.collect([]) == []
+
+
+def test_a_call_that_was_repeated_is_noted_once(api: Api) -> None:
+    """Flower's own retries, with a SuperLink that is away for two calls."""
+    grid = HttpGrid(token="t")  # noqa: S106
+    replies = Replies(grid)
+    retry = grid._retry_invoker
+    waits: list[float] = []
+    retry.wait_function, retry.jitter = waits.append, None
+    away = [httpx.ConnectError("away")] * 4
+    assert retry.invoke(lambda: "answer") == "answer"
+    assert not replies.was_interrupted()
+
+    def call() -> str:
+        if away:
+            raise away.pop()
+        return "answer"
+
+    assert retry.invoke(call) == "answer"
+    assert replies.was_interrupted()
+    assert not replies.was_interrupted()
+    assert waits == [1, 2, 2, 2]
 
 
 def test_other_grids_are_asked_in_public() -> None:

@@ -204,6 +204,23 @@ def test_asking_again_is_logged_and_a_reply_to_either_request_counts_once(
     assert link.pulled[-1] == {"2-0", "2-1"}
 
 
+def test_a_reply_that_a_dying_superlink_had_handed_out_is_asked_for_again() -> None:
+    """To the SuperLink it is delivered, and the site has not noticed anything."""
+    link = Superlink({1: Node(1.0), 2: Node(3.0)})
+    grid: SuperlinkGrid
+
+    def sleep(seconds: float) -> None:
+        link.sleep(seconds)
+        if link.now >= 3.0 and "2-0" in link.due:
+            del link.due["2-0"]
+            grid._replies._interrupted = True
+
+    grid = SuperlinkGrid(link, {1, 2}, clock=lambda: link.now, sleep=sleep)
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=100.0)) == [1, 2]
+    assert [len(link.nodes[node].seen) for node in (1, 2)] == [1, 2]
+    assert link.now < 15.0
+
+
 def test_a_site_that_was_away_is_asked_when_it_connects() -> None:
     link = Superlink({1: Node(1.0), 2: Node(1.0, offline=(0.0, 20.0))})
     grid = grid_over(link)
@@ -221,6 +238,17 @@ def test_a_round_with_enough_replies_does_not_wait_for_absent_sites() -> None:
     grid = grid_over(link, enough=2)
     assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1]
     assert link.now == pytest.approx(3600.0)
+
+
+def test_a_site_that_was_waited_for_in_vain_is_waited_for_again_when_it_is_back() -> None:
+    link = Superlink({1: Node(1.0), 2: Node(1.0, offline=(0.0, 200.0))})
+    grid = grid_over(link, patience=Patience(absence=60.0))
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1]
+    before = link.now
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1]
+    assert link.now - before < 5.0
+    link.now = 300.0
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1, 2]
 
 
 def test_a_slow_site_that_is_connected_is_waited_for() -> None:

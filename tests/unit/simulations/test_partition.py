@@ -10,6 +10,7 @@ import torch
 from flwr_datasets import partitioner
 from sklearn.datasets import load_digits
 
+from fedgraft_client.data import Records
 from fedgraft_common.errors import DataError, PlanError, PrivacyError
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_simulations.partition import Share, load_source, partition
@@ -32,13 +33,18 @@ def archive(directory: Path, **arrays: Any) -> str:
     return f"npz:{path}"
 
 
+def pixels(records: Records) -> torch.Tensor:
+    assert isinstance(records.inputs, torch.Tensor)
+    return records.inputs
+
+
 def fingerprints(shares: list[Share]) -> list[bytes]:
     """Every record of every site: its pixels and its label."""
     return [
         image.numpy().tobytes() + bytes([int(label)])
         for share in shares
         for records in (share.train, share.test)
-        for image, label in zip(records.images, records.labels, strict=True)
+        for image, label in zip(pixels(records), records.labels, strict=True)
     ]
 
 
@@ -77,9 +83,9 @@ def test_shares() -> None:
     for share in shares:
         assert share.classes == tuple("0123456789")
         assert len(share.test) == round(0.2 * (len(share.train) + len(share.test)))
-        assert share.train.images.shape[1:] == (1, 8, 8)
-        assert share.train.images.dtype == torch.float32
-        assert 0 <= float(share.train.images.min()) <= float(share.train.images.max()) <= 1
+        assert pixels(share.train).shape[1:] == (1, 8, 8)
+        assert pixels(share.train).dtype == torch.float32
+        assert 0 <= float(pixels(share.train).min()) <= float(pixels(share.train).max()) <= 1
 
 
 def test_the_seed_decides() -> None:
@@ -97,7 +103,7 @@ def fingerprint_labels(share: Share, true_label: dict[bytes, int]) -> list[int]:
     return [
         true_label[image.numpy().tobytes()]
         for records in (share.train, share.test)
-        for image in records.images
+        for image in pixels(records)
     ]
 
 
@@ -112,10 +118,10 @@ def test_label_sets_are_given_in_turn() -> None:
     source = load_source("sklearn:digits")
     true_label = {
         image.numpy().tobytes(): int(label)
-        for image, label in zip(source.images, source.labels, strict=True)
+        for image, label in zip(pixels(source), source.labels, strict=True)
     }
     for share, name in zip(shares, ["odd-even", "small"] * 2, strict=True):
-        for image, label in zip(share.train.images, share.train.labels, strict=True):
+        for image, label in zip(pixels(share.train), share.train.labels, strict=True):
             assert true_label[image.numpy().tobytes()] in label_sets[name][int(label)]
     held = [label for share in shares[1::2] for label in fingerprint_labels(share, true_label)]
     assert max(held) == 4  # records of no class are left out
@@ -215,7 +221,7 @@ def test_the_records_of_a_unit_are_on_one_side(tmp_path: Path, count: int, fract
     for share in shares:
         sides = []
         for records in (share.train, share.test):
-            rows = (records.images[:, 0, 0, 0] * 255).round().long().numpy()
+            rows = (pixels(records)[:, 0, 0, 0] * 255).round().long().numpy()
             names = PATIENTS["patient_id"][rows]
             everyone += len(rows)
             assert records.units is not None
@@ -323,8 +329,8 @@ def test_site_with_one_unit_is_too_small(tmp_path: Path) -> None:
 )
 def test_npz(tmp_path: Path, images: np.ndarray[Any, Any], shape: tuple[int, ...]) -> None:
     records = load_source(archive(tmp_path, images=images, labels=np.array([0, 1, 2, 1])))
-    assert records.images.shape == shape
-    torch.testing.assert_close(records.images, torch.full(shape, 0.2), rtol=0, atol=1e-4)
+    assert pixels(records).shape == shape
+    torch.testing.assert_close(pixels(records), torch.full(shape, 0.2), rtol=0, atol=1e-4)
     assert records.labels.tolist() == [0, 1, 2, 1]
     assert records.labels.dtype == torch.int64
 

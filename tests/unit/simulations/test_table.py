@@ -183,7 +183,7 @@ def test_promise_of_the_distributed_mechanism() -> None:
     trusts = items["Mechanism and what it trusts"]
     assert "h = 2 of 4 sites" in trusts and "1 dropouts and 1 colluders" in trusts
     assert "secure aggregation" in trusts
-    assert "summed in place, without the cryptography" in trusts
+    assert "Here it ran as in a federation, with throwaway keys." in trusts
     assert items["Unit"] == "one record"
     assert items["Neighbouring relation"] == "add or remove one unit"
     assert items["Epsilon"].startswith("at most 8.00")

@@ -1,0 +1,250 @@
+"""A durable site in secure aggregation: every step from the disk, every answer only once."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgraft_client.egress import guard_secure
+from fedgraft_client.ledger import Ledger
+from fedgraft_client.secure_member import Membership, SecureMember
+from fedgraft_common.errors import EgressError, FedgraftError, LedgerError, MessageError
+from fedgraft_common.messages import SecureStep, Status, write_secure
+from fedgraft_common.plan import Plan
+from fedgraft_common.secure_aggregation import SecureRound, SecureServer
+from fedgraft_common.secure_messages import Advertisement, Answer, Question, Sharing, to_bits
+from fedgraft_common.secure_terms import secure_terms
+from fedgraft_simulations.throwaway_keys import throwaway_keys
+
+NAMES, LENGTH, CONTEXT = ["east", "north", "south", "west"], 5, bytes(32)
+KEYS, TRUST = throwaway_keys(NAMES, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
+PLAN = Plan().replace(
+    {
+        "privacy.mechanism": "distributed",
+        "privacy.tolerated_dropouts": 1,
+        "training.sample_rate": 0.5,
+        "aggregation.sites": len(NAMES),
+        "rounds.count": 3,
+    }
+)
+
+
+class Sites:
+    """Four sites on disk; each question meets a process that has just started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        terms = secure_terms(PLAN, LENGTH, 32, bytes(16), 1)
+        self.server = SecureServer(terms, TRUST)
+
+    def restarted(self, name: str, work: Callable[[SecureMember, Ledger], Any]) -> Any:
+        with Ledger(self.directory / name, "x-rays") as ledger:
+            membership = Membership(KEYS[name], lambda: TRUST)
+            return work(SecureMember(PLAN, LENGTH, 32, ledger, membership), ledger)
+
+    def ask(self, name: str, step: SecureStep, number: int, content: bytes) -> bytes:
+        def work(member: SecureMember, _: Ledger) -> bytes:
+            return member.answer(step, number, content)
+
+        answer: bytes = self.restarted(name, work)
+        assert self.restarted(name, work) == answer  # asked again after a crash: the same bytes
+        return answer
+
+    def set_up(self) -> None:
+        for name in NAMES:
+            terms = self.server.terms.to_bytes()
+            answer = self.ask(name, SecureStep.ADVERTISE, 1, terms)
+            self.server.add_advertisement(Advertisement.from_bytes(answer))
+        roster = self.server.close_roster().to_bytes()
+        for name in NAMES:
+            self.server.add_sharing(Sharing.from_bytes(self.ask(name, SecureStep.SHARE, 1, roster)))
+        for name in NAMES:
+            delivery = self.server.delivery(name).to_bytes()
+
+            def accept(member: SecureMember, _: Ledger, delivery: bytes = delivery) -> None:
+                member.accept(1, delivery)
+
+            self.restarted(name, accept)
+
+    def mask(self, name: str, number: int, values: np.ndarray) -> np.ndarray:
+        def work(member: SecureMember, ledger: Ledger) -> np.ndarray:
+            member.check(number)
+            masked, state = member.mask(number, values, CONTEXT)
+            reservation = ledger.reserve(charge(number))
+            ledger.commit(reservation, PLAN.hash, number, "d" * 64, masked.tobytes(), state)
+            return masked
+
+        masked: np.ndarray = self.restarted(name, work)
+        return masked
+
+
+def charge(number: int) -> Any:
+    from fedgraft_client.entry import Charge
+    from fedgraft_common.accounting import SamplingEvent
+
+    event = SamplingEvent(0.5, 2.0, 1)
+    return Charge("run", PLAN.hash, number, "train", "distributed", "record", event, 3)
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Iterator[Sites]:
+    made = Sites(tmp_path)
+    made.set_up()
+    yield made
+
+
+def vector(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**20, LENGTH).astype(np.uint32)
+
+
+def question(sites: Sites, number: int, *survivors: int) -> bytes:
+    bits = to_bits(survivors, len(NAMES))
+    return Question(sites.server.roster.digest, number, bits).to_bytes()
+
+
+def test_processes_that_restart_at_every_step_give_the_sum(sites: Sites) -> None:
+    for number in (1, 2):
+        opened = SecureRound(sites.server.terms, sites.server.roster, number, CONTEXT)
+        present = NAMES if number == 1 else NAMES[1:]
+        for seed, name in enumerate(present):
+            opened.add_input(name, sites.mask(name, number, vector(seed)))
+        asked = opened.close().to_bytes()
+        for name in NAMES:
+            answer = sites.ask(name, SecureStep.UNMASK, number, asked)
+            opened.add_answer(Answer.from_bytes(answer))
+        expected = sum((vector(seed) for seed in range(len(present))), np.zeros(LENGTH, np.uint32))
+        assert np.array_equal(opened.total().values, expected)
+
+
+@pytest.mark.parametrize("second", [(0, 1, 2), (1, 2, 3)])
+def test_other_survivors_are_refused_after_a_restart(sites: Sites, second: tuple[int, ...]) -> None:
+    for name in NAMES:
+        sites.mask(name, 1, vector(0))
+    sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, 0, 1, 2, 3))
+    with pytest.raises(MessageError, match="others than before"):
+        sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, *second))
+
+
+def test_an_old_ledger_put_back_is_noticed_before_it_answers(sites: Sites, tmp_path: Path) -> None:
+    for name in NAMES:
+        sites.mask(name, 1, vector(0))
+    old = (tmp_path / "north" / "ledger.sqlite3").read_bytes()
+    sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, 0, 1, 2, 3))
+    for leftover in (tmp_path / "north").glob("ledger.sqlite3-*"):
+        leftover.unlink()
+    (tmp_path / "north" / "ledger.sqlite3").write_bytes(old)
+    with pytest.raises(LedgerError, match="witness has seen"):
+        sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, 0, 1, 2))
+
+
+def test_a_changed_state_is_not_used(sites: Sites, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "north" / "ledger.sqlite3")) as file, file:
+        file.execute("UPDATE rounds SET content = x'00' WHERE plan LIKE '%/secure/rounds'")
+    with pytest.raises(LedgerError, match="state of secure aggregation"):
+        sites.mask("north", 1, vector(0))
+
+
+def test_a_crash_before_the_commit_leaves_the_round_open(sites: Sites) -> None:
+    """The masked input was not stored, so it did not leave: another may take its place."""
+
+    def dies(member: SecureMember, _: Ledger) -> None:
+        member.mask(1, vector(1), CONTEXT)
+        member.mask(1, vector(2), CONTEXT)  # the same process goes on after a full disk
+
+    sites.restarted("north", dies)
+    sites.mask("north", 1, vector(3))
+    with pytest.raises(MessageError, match="a second one"):
+        sites.mask("north", 1, vector(4))
+
+
+def test_terms_that_do_not_follow_from_the_plan(tmp_path: Path) -> None:
+    sites = Sites(tmp_path)
+    for plan in (
+        PLAN.replace({"privacy.tolerated_dropouts": 0}),
+        PLAN.replace({"rounds.count": 4}),
+        PLAN.replace({"aggregation.sites": 5}),
+    ):
+        terms = secure_terms(plan, LENGTH, 32, bytes(16), 1).to_bytes()
+        with pytest.raises(MessageError, match="those that follow from the plan"):
+            sites.ask("north", SecureStep.ADVERTISE, 1, terms)
+    with pytest.raises(MessageError, match="those that follow from the plan"):
+        longer = secure_terms(PLAN, LENGTH + 1, 32, bytes(16), 1).to_bytes()
+        sites.ask("north", SecureStep.ADVERTISE, 1, longer)
+
+
+def test_a_new_set_up_is_for_later_rounds_only(sites: Sites) -> None:
+    sites.mask("north", 1, vector(0))
+    again = secure_terms(PLAN, LENGTH, 32, b"another session.", 1).to_bytes()
+    with pytest.raises(MessageError, match="first round of the set-up"):
+        sites.ask("north", SecureStep.ADVERTISE, 1, again)
+    later = secure_terms(PLAN, LENGTH, 32, b"another session.", 2).to_bytes()
+    sites.ask("north", SecureStep.ADVERTISE, 2, later)
+    with pytest.raises(MessageError, match="after a complete set-up"):
+        sites.mask("north", 2, vector(0))
+
+
+def test_a_step_without_a_set_up_or_out_of_order(tmp_path: Path) -> None:
+    sites = Sites(tmp_path)
+    for step in (SecureStep.SHARE, SecureStep.UNMASK):
+        with pytest.raises(MessageError, match="the terms first"):
+            sites.ask("north", step, 1, b"")
+    with pytest.raises(MessageError):
+        sites.ask("north", SecureStep.ADVERTISE, 1, b"nonsense")
+
+
+# --- the egress guard
+
+
+def request() -> Message:
+    TaskIdentity.run_id = TaskIdentity.task_id = 1
+    TaskIdentity.node_id = 0
+    message = Message(RecordDict(), dst_node_id=7, message_type="query.unmask")
+    message.metadata.__dict__["_message_id"] = "request"
+    return message
+
+
+def known(digest: str) -> bool:
+    return digest == hashlib.sha256(b"shares").hexdigest()
+
+
+def test_what_the_ledger_holds_may_leave() -> None:
+    reply = write_secure(request(), 3, Status.OK, b"shares")
+    assert guard_secure(reply, request(), 3, known) is reply
+    refused = write_secure(request(), 3, Status.MESSAGE)
+    assert guard_secure(refused, request(), 3) is refused
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content["secure"].update({"message": b"other shares"}),
+        lambda content: content["secure"].update({"accuracy": 0.5}),
+        lambda content: content["secure"].update({"message": "shares"}),
+        lambda content: content["secure"].pop("message"),
+        lambda content: content.update({"secure": ConfigRecord({"message": b"a", "b": b"c"})}),
+        lambda content: content.update({"more": ConfigRecord({})}),
+        lambda content: content["status"].update({"loss": 0.5}),
+        lambda content: content["status"].update({"round": 4}),
+        lambda content: content["status"].update({"status": "refused-message"}),
+    ],
+)
+def test_anything_else_is_stopped(spoil: Callable[[Any], object]) -> None:
+    reply = write_secure(request(), 3, Status.OK, b"shares")
+    spoil(reply.content)
+    with pytest.raises(EgressError):
+        guard_secure(reply, request(), 3, known)
+
+
+def test_nothing_leaves_that_no_ledger_holds() -> None:
+    with pytest.raises(FedgraftError, match="a message that the ledger holds"):
+        guard_secure(write_secure(request(), 3, Status.OK, b"shares"), request(), 3)
