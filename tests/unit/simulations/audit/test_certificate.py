@@ -37,8 +37,8 @@ def every_threshold(shift: float) -> list[Guesses]:
     outside = ndtri((np.arange(size) + 0.5) / size)
     inside = outside + shift
     thresholds = np.r_[np.union1d(outside, inside), np.inf]
-    hits = size - np.searchsorted(inside, thresholds)
-    alarms = size - np.searchsorted(outside, thresholds)
+    hits = np.asarray(size - np.searchsorted(inside, thresholds))
+    alarms = np.asarray(size - np.searchsorted(outside, thresholds))
     corners = ConvexHull(np.stack([alarms, hits], axis=1).astype(float)).vertices
     upper = [i for i in corners if hits[i] >= alarms[i]]
     return [Guesses(2 * size, int(hits[i] + alarms[i]), int(hits[i])) for i in upper]

@@ -90,9 +90,14 @@ def run_optimizer(canaries: int, noise: float, seed: int) -> tuple[NDArray[np.fl
     place = Place(probe, 0, 1, probe.held_by(0), 1, None)
     weights = torch.nn.Parameter(torch.zeros(canaries))
     source = NoiseSource.for_simulation("T2", seed)
-    cached, labels = place.mark((torch.zeros(1, 1),)), place.extend(torch.zeros(1, dtype=int))
+    cached, labels = (
+        place.mark((torch.zeros(1, 1),)),
+        place.extend(torch.zeros(1, dtype=torch.int64)),
+    )
 
     class Flat:
+        name = "flat"
+
         def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
             weights.grad_sample = torch.zeros(len(labels), canaries)  # type: ignore[attr-defined]
 

@@ -183,7 +183,7 @@ def test_a_sealed_run_that_goes_on_is_found(ledger: Ledger) -> None:
 def test_charges_are_held_against_the_plan(
     ledger: Ledger, changes: dict[str, object], says: str
 ) -> None:
-    run(ledger, **changes)
+    run(ledger, 3, **changes)
     found = audit(ledger)
     assert "plan" in failed(found)
     assert says in found["plan"].measured

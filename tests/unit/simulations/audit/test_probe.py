@@ -29,6 +29,8 @@ C = 0.5
 class Gradients:
     """Per-unit gradients that are the records themselves."""
 
+    name = "records"
+
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.parameters = parameters
 
