@@ -1,4 +1,4 @@
-"""The server's attack on updates: exact without noise, bounded with it, and it knows the trainer."""
+"""The server's attack on updates: exact without noise, bounded with it; it knows the trainer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sums(
     """What a site's trainer makes of a batch."""
     run = context.rehearsal
     bench = run.sites[0].runtime.workbench(run.plan)
-    model, engine = bench.trainer(run.sites[0].trained_head(run.plan))
+    _, engine = bench.trainer(run.sites[0].trained_head(run.plan))
     bench.adapted.load(bench.initial)
     parameters = list(bench.adapted.adapter.values())
     groups = [{"params": parameters, "noise_std": step.adapter_std}]
