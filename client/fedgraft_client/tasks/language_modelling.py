@@ -169,8 +169,12 @@ def _looks_back_only(adapted: AdaptedBackbone) -> bool:
     device = next(adapted.parameters()).device
     changed = [tensor.clone() for tensor in inputs]
     tokens = changed[adapted.backbone.input_names.index("input_ids")]
-    tokens[:, -1] = (tokens[:, -1] + 1) % int(tokens.max() + 2)
+    last = tokens.shape[1] - 1  # that is not padding, which no model looks at
+    if "attention_mask" in adapted.backbone.input_names:
+        mask = inputs[adapted.backbone.input_names.index("attention_mask")]
+        last = int(mask[0].nonzero().max())
+    tokens[:, last] = (tokens[:, last] + 1) % int(tokens.max() + 2)
     with torch.no_grad():
-        first = adapted(*(tensor.to(device) for tensor in inputs))[:, :-1]
-        second = adapted(*(tensor.to(device) for tensor in changed))[:, :-1]
+        first = adapted(*(tensor.to(device) for tensor in inputs))[:, :last]
+        second = adapted(*(tensor.to(device) for tensor in changed))[:, :last]
     return bool(torch.allclose(first, second, rtol=0, atol=1e-6))

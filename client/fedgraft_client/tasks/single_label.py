@@ -109,8 +109,10 @@ def class_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str,
     recall = multiclass_accuracy(probabilities, labels, classes, average="none")
     f1 = multiclass_f1_score(probabilities, labels, classes, average="none")
     chosen = present[-1:] if classes == 2 else present  # of two classes, the second
-    areas = [binary_auroc(probabilities[:, k], (labels == k).long()) for k in chosen.tolist()]
-    auc = torch.stack(areas).mean() if len(present) > 1 else torch.tensor(float("nan"))
+    auc = torch.tensor(float("nan"))
+    if len(present) > 1:
+        areas = [binary_auroc(probabilities[:, k], (labels == k).long()) for k in chosen.tolist()]
+        auc = torch.stack(areas).mean()
     return {
         "accuracy": float(correct),
         "balanced accuracy": float(recall[present].mean()),
