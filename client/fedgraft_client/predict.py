@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedgraft_client.data import Records
 from fedgraft_client.store import load_sealed
 from fedgraft_client.tasks import Answer, Task
+from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.adapted import quiet_peft
 from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
@@ -32,10 +34,12 @@ class Prediction:
     Attributes:
         task: what was predicted.
         outputs: N records first; see the task's module for their form.
+        backbone: with which.
     """
 
     task: Task
     outputs: torch.Tensor
+    backbone: Backbone
 
     @property
     def answers(self) -> list[Answer]:
@@ -56,6 +60,11 @@ class Prediction:
     def labels(self) -> list[str]:
         """The most probable class of each record, of such a task."""
         return [self.classes[i] for i in self.outputs.argmax(dim=1).tolist()]
+
+
+def align(found: Prediction, records: Records) -> torch.Tensor:
+    """The labels of predicted records, one for each place that the backbone has."""
+    return aligned(found.task, records, found.backbone)
 
 
 def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Module]:
@@ -112,4 +121,4 @@ def predict(adapter: Path, head: Path, raw: Raw, source: str | None = None) -> P
         for start in range(0, count(raw), CHUNK):
             inputs = backbone.prepare(take(raw, slice(start, start + CHUNK)))
             parts.append(sealed.head(backbone.features(model, inputs, kind)))
-    return Prediction(sealed.task, torch.cat(parts))
+    return Prediction(sealed.task, torch.cat(parts), backbone)

@@ -58,7 +58,7 @@ def refit_head(
         fit = task.loss(functional_call(head, moved, (inputs,)), labels).sum()
         distance = torch.stack([part.square().sum() for part in change.values()]).sum()
         loss: torch.Tensor = fit + 0.5 * stiffness * distance
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     solver.step(objective)

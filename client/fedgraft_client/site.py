@@ -331,6 +331,8 @@ class Site:
             )  # fmt: skip
         if not self._took_part(plan):
             self._check_whole(plan, step)
+        if self.policy.approval == "automatic":
+            self.store.ledger.approve(plan.hash, plan.name, by="policy")
         return step
 
     def _check_whole(self, plan: Plan, step: StepNoise) -> None:

@@ -36,17 +36,12 @@ def up(
     ] = False,
 ) -> None:
     """Run the site's daemon until SIGTERM: it asks the server, trains here, sends adapters."""
-    from fedgraft_client.daemon import Abandoned
     from fedgraft_client.site_file import load_site_file
-    from fedgraft_client.up import resident
+    from fedgraft_client.up import run_until_stopped
     from fedgraft_common.logs import set_up_logs
 
     set_up_logs(log_json, facts={"site": load_site_file(site).name})
-    with resident(site) as daemon, daemon.signals():
-        try:
-            daemon.run()
-        except Abandoned:
-            raise typer.Exit(130) from None
+    raise typer.Exit(run_until_stopped(site))
 
 
 @app.command()

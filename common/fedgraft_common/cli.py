@@ -48,6 +48,10 @@ COMMANDS = {
     "ledger": Command("fedgraft_client.ledger_cli", "Verify, show or export a privacy ledger."),
     "server": Command("fedgraft_server.cli", "Set up and run a federation server."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),
+    "evaluate": Command(
+        "fedgraft_client.cli", "Score an adapter and a head on labelled records.", "evaluate_app"
+    ),
+    "export": Command("fedgraft_client.export_cli", "Write merged weights, ONNX, a model card."),
 }
 
 

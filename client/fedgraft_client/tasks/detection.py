@@ -87,7 +87,8 @@ class Detection:
         count = held.sum(dim=1).clamp(min=1)
         distances = outputs[:, kinds:].flatten(2).clamp(-6, 6).exp()
         overlap = -_overlap(distances, box).clamp(min=1e-6).log()
-        return (focal.sum(dim=(1, 2)) + (overlap * held).sum(dim=1)) / count
+        found: torch.Tensor = (focal.sum(dim=(1, 2)) + (overlap * held).sum(dim=1)) / count
+        return found
 
     def _assign(
         self, outputs: torch.Tensor, labels: torch.Tensor

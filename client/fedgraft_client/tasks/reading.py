@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,10 +82,10 @@ def class_numbers(
 
 
 def as_word(value: Any) -> str:
-    """How a value is written in a label map; 1.0 and True are 1."""
-    if isinstance(value, bool | float) and float(value).is_integer():
+    """How a value is written in a label map; 1.0, "1.0" and True are 1."""
+    if isinstance(value, bool):
         return str(int(value))
-    return str(value).strip()
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
 
 
 def numbers(columns: list[list[Any]]) -> Labels:

@@ -27,8 +27,10 @@ from fedgraft_client.tasks.task import (
     weights_of,
 )
 from fedgraft_common.backbone import Backbone
+from fedgraft_common.errors import DataError
 from fedgraft_common.features import FeatureKind
 from fedgraft_common.modality import Raw
+from fedgraft_common.preparations.text import TextPreparation
 from fedgraft_common.task_spec import TaskSpec
 
 
@@ -88,7 +90,13 @@ class TokenClassification:
         """A word's label goes to its first token, the others are left out (Devlin et al. 2019)."""
         if isinstance(inputs, torch.Tensor):
             return labels
-        places = backbone.preparation.words(inputs)
+        preparation = backbone.preparation
+        if not isinstance(preparation, TextPreparation):
+            raise DataError(
+                "task: kind", "token-classification", "a backbone that reads text",
+                "Choose another backbone, or another task.",
+            )  # fmt: skip
+        places = preparation.words(inputs)
         found = torch.full(places.shape, IGNORED)
         begins = torch.ones_like(places, dtype=torch.bool)
         begins[:, 1:] = places[:, 1:] != places[:, :-1]

@@ -136,8 +136,11 @@ def _load_model(directory: Path, file: Path | None, config: plans.Backbone) -> n
 def _without_random_weights(model: Any, missing: Iterable[str], where: Path) -> nn.Module:
     """Transformers draws what a checkpoint lacks at random: another model in every process.
 
-    A pooler that was never trained is common and is left out; anything else is refused.
+    A pooler that was never trained is common and is left out, as a segmenter's output layer always
+    is; anything else is refused.
     """
+    model = families.without_output_layer(model)
+    missing = [name for name in missing if not name.startswith(families.OUTPUT_LAYER)]
     if missing and all(name.startswith("pooler.") for name in missing):
         model.pooler = None
     elif missing:
@@ -146,6 +149,5 @@ def _without_random_weights(model: Any, missing: Iterable[str], where: Path) -> 
             "a checkpoint with every weight of the architecture in config.json",
             "Save the whole model again, or correct config.json.",
         )  # fmt: skip
-    model = families.without_output_layer(model)
     frozen: nn.Module = model.requires_grad_(False).eval()
     return frozen

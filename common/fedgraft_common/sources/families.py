@@ -34,6 +34,8 @@ ENCODERS: Final = (
 """Encoders whose tokens see one another in both directions."""
 LEFT: Final = ("xlnet",)
 """Texts are padded on the left."""
+OUTPUT_LAYER: Final = "decode_head.classifier."
+"""Where a segmenter keeps the layer that knows the classes it was trained on."""
 LAYERS: Final[dict[str, tuple[str, ...]]] = {
     "wav2vec2": ("encoder.layers",),
     "hubert": ("encoder.layers",),

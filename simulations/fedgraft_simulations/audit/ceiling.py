@@ -22,7 +22,7 @@ def ceiling(events: Sequence[SamplingEvent], false_positives: NDArray[np.float64
     """Highest true positive rate of any membership attack on `events`, by riskcal.
 
     Holds for one unit, add or remove, against whoever sees everything that the events released.
-    The privacy loss is rounded to a grid in the attacker's favour, so the value errs upwards.
+    The privacy loss is kept on a grid of 1e-4, which changes the rates in the fifth digit.
 
     Args:
         events: what was charged; none means no DP, and the ceiling is 1.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -288,7 +289,8 @@ def noisy_sum(
         sizes = torch.from_numpy(np.unique(site.units[rows], return_counts=True)[1])
     cached = tuple(tensor[rows] for tensor in site.cached)
     joint.noisy_sum(engine, cached, site.labels[rows], run.sites[0].runtime.physical_batch, sizes)
-    sums = {n: p.grad.detach().cpu().clone() for n, p in bench.adapted.adapter.items()}
+    gradients = {n: cast(torch.Tensor, p.grad) for n, p in bench.adapted.adapter.items()}
+    sums = {name: gradient.detach().cpu().clone() for name, gradient in gradients.items()}
     joint.zero_grad(set_to_none=True)
     return sums
 

@@ -46,6 +46,7 @@ from fedgraft_simulations.audit.roc import Roc, against_ceiling, draw, facts, ro
 from fedgraft_simulations.audit.update_regression import UpdateRegression
 from fedgraft_simulations.simulate import variant
 
+UPDATES = ("updates", "updates, noise doubted")
 CONTROL_ROUNDS = 6
 CONTROL_RUN, OPEN_RUN = 0, -1
 """Numbers of the runs that are no reference: without DP, and with sums in the open."""
@@ -95,17 +96,16 @@ class MembershipPart:
         if run.plan.secure:  # what the server unmasks is the sum; here it is seen without masks
             chosen = [site.members for site in candidates]
             received = reference_run(context, candidates, chosen, OPEN_RUN)
-        scores = attack_updates(context, received, candidates, size.rounds)
-        updates = roc_of("updates", scores, members)
+        updates = attack_updates(context, received, candidates, members, size.rounds)
         progress(0.8, "the same with DP off")
         control = None if _without_dp(plan) else attack_control(context, candidates, members)
         progress(0.9, "refitted heads")
         heads = attack_heads(context, candidates[: size.sites], size.heads)
         events = worst_step(run).events
-        curves = [*released, updates]
+        curves = [*released, *updates]
         findings = [
             *_ceiling_findings(released, updates, events),
-            *_control_findings(updates if control is None else control, control is None),
+            *_control_findings(control),
             _heads_finding(heads, size.heads),
         ]
         drawn = curves if control is None else [*curves, replace(control, attack="updates, DP off")]
@@ -128,11 +128,11 @@ class MembershipPart:
         )
         result = tuple(findings)
         return PartResult(
-            self.name, self.title, worst(result), _summary(updates, control, events), result,
+            self.name, self.title, worst(result), _summary(updates[0], control, events), result,
             figures,
             {
                 "released": [facts(roc) for roc in released],
-                "updates": facts(updates),
+                "updates": [facts(roc) for roc in updates],
                 "without_dp": facts(control) if control else None,
                 "heads": [facts(roc) for roc in heads],
                 "reference_runs": size.references,
@@ -228,9 +228,17 @@ def reference_run(
 
 
 def attack_updates(
-    context: AuditContext, run: Rehearsal, candidates: Sequence[Candidates], rounds: int
-) -> NDArray[np.float64]:
-    """Scores of all candidates from the updates of a run: of each site, or of their sum."""
+    context: AuditContext,
+    run: Rehearsal,
+    candidates: Sequence[Candidates],
+    members: NDArray[np.bool_],
+    rounds: int,
+) -> list[Roc]:
+    """The attack on the updates of a run, of each site or of their sum.
+
+    Returns:
+        With the noise taken for what is claimed, and for little of it; one curve without DP.
+    """
     plan = run.plan
     bench = run.sites[0].bench(plan)
     heads = [site.trained_head(plan) for site in run.sites]
@@ -258,7 +266,8 @@ def attack_updates(
         for group, attack in zip(groups, attacks, strict=True):
             total = {n: torch.stack([sent[i][n] for i in group]).sum(dim=0) for n in before}
             attack.add(number, before, total)
-    return np.concatenate([attack.solve() for attack in attacks])
+    scores = np.concatenate([attack.solve() for attack in attacks], axis=1)
+    return [roc_of(name, row, members) for name, row in zip(UPDATES, scores, strict=False)]
 
 
 def attack_control(
@@ -269,9 +278,9 @@ def attack_control(
     plan = variant(context.plan, "none").replace(changes)
     chosen = [site.members for site in candidates]
     run = reference_run(context, candidates, chosen, CONTROL_RUN, plan)
-    scores = attack_updates(context, run, candidates, CONTROL_ROUNDS)
+    (found,) = attack_updates(context, run, candidates, members, CONTROL_ROUNDS)
     shutil.rmtree(run.directory, ignore_errors=True)
-    return roc_of("updates", scores, members)
+    return found
 
 
 def attack_heads(context: AuditContext, candidates: Sequence[Candidates], count: int) -> list[Roc]:
@@ -343,10 +352,10 @@ def words(roc: Roc, rate: float = 0.01) -> str:
 
 
 def _ceiling_findings(
-    released: Sequence[Roc], updates: Roc, events: Sequence[SamplingEvent]
+    released: Sequence[Roc], updates: Sequence[Roc], events: Sequence[SamplingEvent]
 ) -> list[Finding]:
-    excesses = against_ceiling([*released, updates], events)
-    targets = (("the released adapter", list(released)), ("all updates", [updates]))
+    excesses = against_ceiling([*released, *updates], events)
+    targets = (("the released adapter", released), ("all updates", updates))
     findings = []
     for target, curves in targets:
         best = max(curves, key=lambda roc: roc.points[1].true_positives)
@@ -381,8 +390,8 @@ def _ceiling_findings(
     return findings
 
 
-def _control_findings(control: Roc, is_target: bool) -> list[Finding]:
-    if is_target:
+def _control_findings(control: Roc | None) -> list[Finding]:
+    if control is None:
         return []
     works = control.points[1].interval()[0] > CONTROL
     return [

@@ -1,8 +1,8 @@
 """The inversion of text, on a small encoder with random weights: what a leak of words looks like.
 
 A plan on images says nothing about texts, so the attack is shown on a model of its own: a BERT of
-two layers whose normalisation layers are adapted, as FiLM does. What it finds holds for the code
-path and for the principle, not for any real encoder.
+two layers whose output projections are trained. What it finds holds for the code path and for the
+principle, not for any real encoder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from fedgraft_simulations.audit.gradient_matching import Matching, match_gradien
 from fedgraft_simulations.audit.victim import TextEncoder, Victim
 
 WORDS, TOKENS, WIDTH, CLASSES = 100, 4, 24, 3
-MATCHING = Matching(iterations=400, restarts=4, rate=0.03, prior=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Recovered:
 
 
 def small_encoder(seed: int) -> TextEncoder:
-    """A BERT with random weights whose LayerNorms are trained."""
+    """A BERT with random weights whose output projections are trained."""
     from transformers import BertConfig, BertModel
     from transformers.utils import logging
 
@@ -50,33 +49,37 @@ def small_encoder(seed: int) -> TextEncoder:
         )  # fmt: skip
         model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("encoder" in name and "LayerNorm" in name)
+        parameter.requires_grad_("encoder" in name and "output.dense.weight" in name)
     return TextEncoder(model)
 
 
-def recover_texts(random: np.random.Generator, noise: float, texts: int = 3) -> Recovered:
+def recover_texts(
+    random: np.random.Generator, noise: float, texts: int = 3, iterations: int = 300
+) -> Recovered:
     """Attacks random texts.
 
     Args:
         random: draws texts, starts and noise.
         noise: standard deviation of the noise on the clipped gradient.
         texts: how many.
+        iterations: steps of the attack.
     """
+    how = Matching(iterations, restarts=6, rate=0.03, prior=0.0)
     encoder = small_encoder(int(random.integers(2**31)))
     head = LinearHead(WIDTH, CLASSES)
     with torch.no_grad():
         head.linear.weight.copy_(torch.from_numpy(random.normal(0, 2, (CLASSES, WIDTH))))
     victim = Victim(encoder, head)
-    words = torch.from_numpy(random.integers(0, WORDS, (texts, TOKENS)))
+    words = torch.from_numpy(random.integers(1, WORDS, (texts, TOKENS)))
     labels = torch.from_numpy(random.integers(0, CLASSES, texts))
     bare = victim.gradients(encoder.vocabulary[words], labels).detach()
     clipped = bare / bare.norm(dim=1, keepdim=True).clamp(min=1.0)
     noised = clipped + torch.from_numpy(random.normal(0, noise, tuple(bare.shape))).float()
-    begin = torch.from_numpy(random.integers(0, WORDS, (MATCHING.restarts, 2 * texts, TOKENS)))
+    begin = torch.from_numpy(random.integers(1, WORDS, (how.restarts, 2 * texts, TOKENS)))
     far = float(encoder.vocabulary.abs().max())
     found = match_gradients(
         victim.gradients, torch.cat([bare, noised]), labels.repeat(2), encoder.vocabulary[begin],
-        MATCHING, lambda x: x.new_zeros(len(x)), (-far, far),
+        how, lambda x: x.new_zeros(len(x)), (-far, far),
     )  # fmt: skip
     right = (encoder.nearest(found) == words.repeat(2, 1)).double().mean(dim=1)
     return Recovered(float(right[:texts].mean()), float(right[texts:].mean()))

@@ -144,7 +144,7 @@ def run_trial(
         plan=plan,
         canaries=canaries,
         seen=_sent(run, canaries, probe) - probe.others,
-        drawn=tuple(probe.drawn),
+        drawn=tuple(sorted(probe.drawn, key=lambda batch: (batch.round, batch.site))),
         honest=honest,
         steps=tuple(s.step(plan) for s in run.sites),
         claimed=float(max(claims)),

@@ -10,10 +10,11 @@ for w, which is the sample rate q for a unit that took part and 0 for one that d
 are known: noise has the plan's standard deviation s, and sampling a variance of about
 v = q (1 - q) / 2 along each g_i. So the best linear estimate is generalised least squares with the
 covariance s^2 I + v G_t' G_t, and a Gaussian prior on w. Without noise and with more values than
-candidates it reads the batches off exactly; under noise it averages over rounds. This is the
-passive white-box attacker of Nasr, Shokri and Houmansadr 2019, section 4, who makes use of the
-fact that an update is a sum. What a released model can tell follows from the updates, so the same
-ceiling holds for both.
+candidates it reads the batches off exactly; under noise it averages over rounds. An attacker who
+believes the claim would overlook noise that is missing, so it is tried with the claimed s and with
+a small part of it. This is the passive white-box attacker of Nasr, Shokri and Houmansadr 2019,
+section 4, who makes use of the fact that an update is a sum. What a released model can tell follows
+from the updates, so the same ceiling holds for both.
 
 Shapes: U candidate units, D values of the adapter that are looked at.
 """
@@ -37,6 +38,8 @@ from fedgraft_simulations.audit.candidates import Candidates
 VALUES = 8192
 """Values of the adapter that are looked at, drawn at random; more only cost time."""
 CHUNK = 128
+BELIEFS = (1.0, 0.03)
+"""What the attacker takes the noise for, as shares of what is claimed."""
 EXACT = 512
 """Candidates up to which sums are kept in float64; beyond, noise hides the difference."""
 
@@ -53,6 +56,9 @@ class UpdateRegression:
         step: sample rate and noise of one site.
         shares: noise shares in the sum; 1 for a single site under the local mechanism.
         random: draws the values that are looked at.
+
+    Attributes:
+        beliefs: standard deviations that the noise is taken for, one attack each.
     """
 
     def __init__(
@@ -70,16 +76,18 @@ class UpdateRegression:
         self._candidates = candidates
         self._heads = heads
         self._step = step
-        self._noise = step.adapter_std * math.sqrt(shares)
+        noise = step.adapter_std * math.sqrt(shares)
+        self.beliefs = tuple(share * noise for share in BELIEFS) if noise else (0.0,)
         size = sum(t.numel() for t in bench.initial.values())
         chosen = random.permutation(size)[:VALUES] if size > VALUES else np.arange(size)
         self._chosen = torch.from_numpy(np.sort(chosen))
         self._names = list(bench.adapted.adapter)
         count = sum(len(c.members) for c in candidates)
-        exact = count <= EXACT or not self._noise
+        exact = count <= EXACT or not noise
         self._dtype = torch.float64 if exact else torch.float32
-        self._precision = torch.zeros(count, count, dtype=self._dtype)
-        self._evidence = torch.zeros(count, dtype=self._dtype)
+        self._floor = 1e-6 if exact else 1e-4
+        self._precision = torch.zeros(len(self.beliefs), count, count, dtype=self._dtype)
+        self._evidence = torch.zeros(len(self.beliefs), count, dtype=self._dtype)
 
     def add(self, number: int, before: Tensors, sent: Tensors) -> None:
         """Takes in a round.
@@ -104,23 +112,24 @@ class UpdateRegression:
                 for site, head in zip(self._candidates, self._heads, strict=True)
             ]
         ).to(self._dtype)
-        products = gradients @ gradients.T
+        products, seen = gradients @ gradients.T, gradients @ update.to(self._dtype)
         q = self._step.sample_rate
-        floor = 1e-6 * float(products.diagonal().mean())
-        weight = (q * (1 - q) / 2) * products
-        weight.diagonal().add_(max(self._noise**2, floor))
-        factor = torch.linalg.cholesky(weight)
-        self._precision += torch.cholesky_solve(products, factor)
-        self._evidence += torch.cholesky_solve(
-            (gradients @ update.to(self._dtype))[:, None], factor
-        )[:, 0]
+        floor = self._floor * float(products.diagonal().mean())
+        for belief, noise in enumerate(self.beliefs):
+            weight = (q * (1 - q) / 2) * products
+            weight.diagonal().add_(max(noise**2, floor))
+            factor = torch.linalg.cholesky(weight)
+            self._precision[belief] += torch.cholesky_solve(products, factor)
+            self._evidence[belief] += torch.cholesky_solve(seen[:, None], factor)[:, 0]
 
     def solve(self) -> NDArray[np.float64]:
-        """(U,) weight of each candidate, in the order of sites and units."""
+        """(beliefs, U) weight of each candidate, in the order of sites and units."""
         middle = self._step.sample_rate / 2  # mean and deviation of a weight, before anything
         system = self._precision.double()
-        system.diagonal().add_(1 / middle**2)
-        return torch.linalg.solve(system, self._evidence.double() + 1 / middle).numpy()
+        system.diagonal(dim1=1, dim2=2).add_(1 / middle**2)
+        evidence = self._evidence.double() + 1 / middle
+        weights: NDArray[np.float64] = torch.linalg.solve(system, evidence).numpy()
+        return weights
 
     def _flat(self, tensors: Tensors) -> torch.Tensor:
         return torch.cat([tensors[name].flatten() for name in self._names])[self._chosen]
@@ -159,5 +168,5 @@ def unit_gradients(
     total = records.new_zeros(len(counts), records.shape[1]).index_add_(0, units, records)
     mean = total / counts[:, None]
     norm = mean.norm(dim=1, keepdim=True)
-    clipped = mean * (clipping_norm / norm.clamp(min=1e-6)).clamp(max=1.0)
+    clipped: torch.Tensor = mean * (clipping_norm / norm.clamp(min=1e-6)).clamp(max=1.0)
     return clipped[:, : sum(p.numel() for p in own)]

@@ -79,10 +79,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> ServerDirectory:
     with Registry(made.registry) as registry:
         for name in ("north", "south"):
             key = ec.generate_private_key(ec.SECP256R1()).public_key()
-            registry.join(
-                registry.invite(name, (), dt.timedelta(hours=1)), f"key of {name}",
-                lambda n, key=key: authority.issue_site(n, key, dt.timedelta(1), utc_now()),
-            )  # fmt: skip
+            issued = authority.issue_site(name, key, dt.timedelta(1), utc_now())
+            secret = registry.invite(name, (), dt.timedelta(hours=1))
+            registry.join(secret, f"key of {name}", {name: issued}.__getitem__)
         registry.set_node_ids({"key of north": 11, "key of south": 12})
     return made
 

@@ -69,6 +69,7 @@ def test_metadata_says_label_and_unit(folder: Path, kind: str) -> None:
     assert found.records.labels.tolist() == [1, 1, 0, 0]
     assert found.records.units is not None
     assert found.records.units.tolist() == [0, 1, 0, 1]
+    assert isinstance(found.records.inputs, torch.Tensor)
     assert found.records.inputs[0, 0, 0, 0] == pytest.approx(0.8)
 
 
@@ -127,11 +128,12 @@ def test_webdataset(tmp_path: Path, folder: Path) -> None:
             tar.add(tmp_path / "label.txt", f"{number}.txt")
     found = load(f"webdataset:{tmp_path / 'shard.tar'}", reading(label="txt"), TASK)
     assert found.records.labels.tolist() == [0, 1]
+    assert isinstance(found.records.inputs, torch.Tensor)
     assert found.records.inputs[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.8])
 
 
 def test_an_npz_of_each_modality(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": np.zeros((2, 4, 4), np.uint8), "audio": np.zeros((2, 16)),
         "series": np.zeros((2, 9, 3)), "tabular": np.zeros((2, 5)),
         "video": np.full((2, 3, 4, 4, 3), 255, np.uint8), "texts": np.array(["a", "b"]),

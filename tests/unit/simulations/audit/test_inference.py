@@ -1,4 +1,4 @@
-"""Membership scores where the truth is known: a planted leak is found, and nothing else."""
+"""Membership scores where the truth is known: a planted leak is found, and nothing elsewhere."""
 
 from __future__ import annotations
 
