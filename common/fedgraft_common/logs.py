@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, TextIO
 
 FIELDS: Final = ("action", "run", "round", "site")
@@ -60,7 +61,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
         }
-        context = {**self._facts, **_CONTEXT.get({})}
+        context = {"action": _part(record.name), **self._facts, **_CONTEXT.get({})}
         for name in FIELDS:
             value = getattr(record, name, None)
             value = context.get(name) if value in (None, "") else value
@@ -116,7 +117,8 @@ def set_up_logs(
     stream: TextIO | None = None,
     facts: Mapping[str, object] | None = None,
     names: Mapping[int, str] | None = None,
-) -> logging.Handler:
+    file: Path | None = None,
+) -> None:
     """Sends all log lines to one stream; those of other libraries from warnings on.
 
     Args:
@@ -125,21 +127,28 @@ def set_up_logs(
         stream: standard error if absent, where systemd and containers look for it.
         facts: see `JsonFormatter`.
         names: see `JsonFormatter`.
-
-    Returns:
-        The handler, so that a caller can remove it again.
+        file: where they go as well, in JSON, behind what is there.
     """
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter((JsonFormatter if as_json else TextFormatter)(facts, names))
+    handlers: list[logging.Handler] = [handler]
+    if file is not None:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[-1].setFormatter(JsonFormatter(facts, names))
     for name in ("", *OURS, "flwr"):
         logger = logging.getLogger(name)
         for other in list(logger.handlers):
             if name or isinstance(other.formatter, JsonFormatter):  # pytest has its own at the root
                 logger.removeHandler(other)  # Flower brings one
-        logger.addHandler(handler)
+        for one in handlers:
+            logger.addHandler(one)
         logger.setLevel(level if name in OURS else logging.WARNING)
         logger.propagate = False
-    return handler
+
+
+def _part(logger: str) -> str:
+    """What a line without an action is about: our module, or whose library."""
+    return logger.rpartition(".")[2] if logger.startswith(OURS) else logger.partition(".")[0]
 
 
 def _time(seconds: float) -> str:

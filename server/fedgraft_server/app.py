@@ -76,14 +76,16 @@ def main(grid: Grid, context: Context) -> None:
     Anything else (a signal, a connection that is gone) leaves it to be continued.
     """
     names: dict[int, str] = {}
-    as_json = bool(os.environ.get(AS_JSON))  # Flower sends it on to `fedgraft logs`
-    set_up_logs(as_json, facts={"run": str(context.run_id)}, names=names)
     plan, directory, sites = read_run_config(context.run_config)
     folder = RunFolder(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    set_up_logs(  # Flower sends it on to `fedgraft logs`, the server reads the file
+        bool(os.environ.get(AS_JSON)), facts={"run": str(context.run_id)}, names=names,
+        file=folder.log,
+    )  # fmt: skip
     _HELD.append(folder.take(context.run_id))
     try:
-        names.update((node.node_id, node.name) for node in grid.get_nodes())
-        _run(plan, folder, sites, grid, context.run_config)
+        _run(plan, folder, sites, grid, context.run_config, names)
     except FedgraftError as error:
         folder.end(Outcome(FAILED, str(error)))
         raise
@@ -91,7 +93,12 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(
-    plan: Plan, folder: RunFolder, sites: frozenset[int], grid: Grid, config: UserConfig
+    plan: Plan,
+    folder: RunFolder,
+    sites: frozenset[int],
+    grid: Grid,
+    config: UserConfig,
+    names: dict[int, str],
 ) -> None:
     # Imports torch, for seconds; whoever looks after runs must see the lock before.
     from fedgraft_common.site_signature import Trust
@@ -103,7 +110,7 @@ def _run(
     if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
         enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
     metrics = RunMetrics(folder.path / FILE)
-    superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply)
+    superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply, names=names)
     count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
     log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
 

@@ -1,8 +1,8 @@
-"""What Flower's programs print, as log lines of ours: one format for all that the server writes.
+"""What the server's other processes write, as log lines of its own: one place, one format.
 
-A SuperLink writes lines for people, in colour; the process of a run, which the SuperExec starts,
-writes our own JSON. Both come through a pipe and leave through our handler, with level, run and
-site where a line names them.
+Flower's programs write lines for people, in colour, into a pipe. The process of a run, whose output
+Flower's SuperExec throws away, writes our own JSON into a file of the run. All leave through our
+handler, with level, run and site where a line names them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,53 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from fedgraft_common.logs import FIELDS, OURS, read_entry
+from fedgraft_server.run_folder import LOG as RUN_LOG
 
 LONGEST: Final = 16 * 1024
 """Bytes of a line; more of it are cut off."""
+AT_ONCE: Final = 1 << 20
+"""Bytes that are read of a file between two looks."""
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL: Final = re.compile(r"^(?:\S+Z )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:?\s+(.*)$")
 _RUN: Final = re.compile(r"\brun(?:_id)?[ =](\d{6,20})\b")
 _NODE: Final = re.compile(r"\bnode_id=(\d{6,20})\b")
+
+
+class RunLogs:
+    """What is added to the log files of runs, from now on.
+
+    Args:
+        runs: one directory for each run.
+    """
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+        self._output = ProgramOutput("run")
+        self._read = {file: file.stat().st_size for file in self._files()}
+
+    def look(self) -> None:
+        """Passes on the whole lines that have come since the last look."""
+        for file in self._files():
+            begin = self._read.get(file, 0)
+            if file.stat().st_size <= begin:
+                continue
+            with file.open("rb") as opened:
+                opened.seek(begin)
+                content = opened.read(AT_ONCE)
+            end = content.rfind(b"\n") + 1
+            if end == 0 and len(content) == AT_ONCE:
+                end = AT_ONCE  # no line is that long
+            for line in content[:end].splitlines():
+                self._output.write(line)
+            self._read[file] = begin + end
+
+    def _files(self) -> list[Path]:
+        return sorted(self._runs.glob(f"*/{RUN_LOG}"))
 
 
 class ProgramOutput:

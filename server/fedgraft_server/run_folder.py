@@ -5,6 +5,7 @@
                        worker         Flower's number of the newest process that worked on it
                        worker.lock    held by that process while it lives
                        change.lock    held by whoever starts or stops the run
+                       log.jsonl      what the run's processes logged
                        round-*        checkpoints
                        adapter/       the final adapter in PEFT's format
 
@@ -32,6 +33,7 @@ FAILED: Final = "failed"
 STOPPED: Final = "stopped"
 INTERRUPTED: Final = "interrupted"
 RUNNING: Final = "running"
+LOG: Final = "log.jsonl"
 _TURN: Final = 60.0  # seconds a process waits for its predecessor to end
 
 
@@ -70,6 +72,11 @@ class RunFolder:
 
     Args:
         path: its directory; need not exist yet.
+
+    Attributes:
+        path: the same.
+        name: of the run.
+        log: the file with its log lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,6 +85,7 @@ class RunFolder:
         self._file = path / "run.json"
         self._outcome = path / "outcome.json"
         self._worker = path / "worker"
+        self.log = path / LOG
 
     @classmethod
     def all(cls, runs: Path) -> list[RunFolder]:

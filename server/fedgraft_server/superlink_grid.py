@@ -85,6 +85,7 @@ class SuperlinkGrid(Grid):
         clock: monotonic seconds.
         sleep: waits.
         on_reply: told about each reply, once.
+        names: of sites, by node id; learned as they connect.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class SuperlinkGrid(Grid):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         on_reply: Callable[[Message], None] = lambda _: None,
+        names: dict[int, str] | None = None,
     ) -> None:
         self._grid = grid
+        self._names = {} if names is None else names
         self._on_reply = on_reply
         self._sites = frozenset(sites)
         self._enough = enough
@@ -133,11 +136,9 @@ class SuperlinkGrid(Grid):
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """What the SuperLink knows about those that are connected."""
-        return [
-            node
-            for node in self._grid.get_nodes()
-            if node.node_id in self._sites and node.status in ("", ONLINE)
-        ]
+        ours = [node for node in self._grid.get_nodes() if node.node_id in self._sites]
+        self._names.update((node.node_id, node.name) for node in ours if node.name)
+        return [node for node in ours if node.status in ("", ONLINE)]
 
     def wait_for_sites(self, timeout: float) -> int:
         """Waits until every site is connected, or the time is over.

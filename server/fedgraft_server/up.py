@@ -27,6 +27,7 @@ from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.gateway import Gateway, upstream_session
 from fedgraft_server.kept_process import KeptProcess
 from fedgraft_server.listener import Listener, bind, listener
+from fedgraft_server.program_output import RunLogs
 from fedgraft_server.registry import Registry, utc_now
 from fedgraft_server.runs import Runs
 from fedgraft_server.settings import ServerDirectory
@@ -97,6 +98,7 @@ async def serve(
             asyncio.create_task(starter.run(), name="SuperExec"),
             asyncio.create_task(_follow(registry, superlink, carrier, joined), name="registry"),
             asyncio.create_task(_continue_runs(directory, superlink, starter), name="runs"),
+            asyncio.create_task(_follow_logs(directory), name="logs of runs"),
             asyncio.create_task(_hourly(renew_own), name="certificates"),
         ]
         listening = [
@@ -175,6 +177,17 @@ async def _continue_runs(
                 LOG.debug("looking after runs: %s", error)
             except Exception:
                 LOG.exception("looking after runs", extra={"action": "continue"})
+
+
+async def _follow_logs(directory: ServerDirectory) -> None:
+    """Passes on what runs log."""
+    logs = RunLogs(directory.runs)
+    while True:
+        await asyncio.sleep(_TICK)
+        try:
+            logs.look()
+        except OSError as error:  # a run's directory was taken away meanwhile
+            LOG.debug("logs of runs: %s", error)
 
 
 async def _hourly(work: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ FAIR = Weather()
 KINDS = {
     "late": Weather(delay=0.05, jitter=0.3),
     "narrow": Weather(rate=8_000.0),
-    "shuffled": Weather(jitter=0.2, swap=0.03),
+    "shuffled": Weather(jitter=0.2, swap=0.1),
     "torn": Weather(cut=0.05),
 }
 OUTAGES = {"silent": Weather(silent=True), "closed": Weather(closed=True)}

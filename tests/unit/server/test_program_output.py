@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
-from fedgraft_server.program_output import LONGEST, ProgramOutput
+from fedgraft_server.program_output import LONGEST, ProgramOutput, RunLogs
 
 NODE = 3084468718327283957
 LINES = [
@@ -93,3 +94,26 @@ def test_our_own_lines_keep_what_they_say(
     ]
     assert record.exc_text == "ValueError: broken"
     assert (other.name, other.levelname) == ("elsewhere", "INFO")
+
+
+def test_what_runs_log_is_passed_on_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = {
+        "time": "t", "level": "info", "logger": "fedgraft_server.app", "action": "round",
+        "run": "7", "message": "",
+    }  # fmt: skip
+    old, new = (tmp_path / name / "log.jsonl" for name in ("old", "new"))
+    for folder in (old.parent, new.parent):
+        folder.mkdir()
+    old.write_text(json.dumps(entry | {"message": "yesterday"}) + "\n")
+    logs = RunLogs(tmp_path)
+    logs.look()
+    with old.open("a") as first, new.open("a") as second:
+        first.write(json.dumps(entry | {"message": "one"}) + "\n" + "half a li")
+        second.write(json.dumps(entry | {"message": "two"}) + "\n")
+    logs.look()
+    logs.look()
+    with old.open("a") as first:
+        first.write("ne\n")
+    logs.look()
+    assert [r.getMessage() for r in caplog.records] == ["two", "one", "half a line"]
+    assert [vars(r)["run"] for r in caplog.records] == ["7", "7", None]
