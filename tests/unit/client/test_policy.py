@@ -58,6 +58,8 @@ def test_a_signer_vouches_for_backbones() -> None:
         ({"backbones": (PINNED,)}, {}, "backbone.sha256: found 'none'"),
         ({"backbones": (PINNED,)}, {"backbone__sha256": "cd" * 32}, "allowed: abab"),
         ({}, {"backbone__source": "dir:model"}, "the SHA-256 of the weights"),
+        ({}, {"backbone__source": "timm:resnet18"}, "the SHA-256 of the weights"),
+        ({}, {"backbone__weights": "other.safetensors"}, "the SHA-256 of the weights"),
         ({}, {"privacy__mechanism": "none"}, "privacy.mechanism: found 'none'; allowed: local"),
     ],
 )
