@@ -167,7 +167,8 @@ def _check_company(policy: Policy, plan: Plan) -> None:
 
 
 def _check_backbone(policy: Policy, plan: Plan, signer: str | None) -> None:
-    if plan.backbone.source.startswith("embedded:") and "any" in policy.backbones:
+    own = plan.backbone.source.startswith(("embedded:", "tabular:"))
+    if own and plan.backbone.weights is None and "any" in policy.backbones:
         return  # comes with the program, not with the plan
     found = plan.backbone.sha256
     if found is None:

@@ -202,6 +202,8 @@ def _gap(expected: torch.Tensor, found: torch.Tensor) -> float:
 def _reason(error: FedgraftError) -> str:
     """An error as it fits into a table: what was found and what would have been allowed."""
     text = f"{error.allowed}" if error.field.startswith("adapter.") else f"{error.value}"
+    if "no module that suits" in text:
+        return "its last block has no module that suits"
     text = re.sub(r"/[^ ]*/", "", text)  # directories of this machine
     return re.sub(r"\s+", " ", text.replace("|", "/")).strip()
 

@@ -74,6 +74,8 @@ def test_a_signer_vouches_for_backbones() -> None:
             COMPANY,
             "found 3; allowed: at least 4 (policy.minimum_honest_sites)",
         ),
+        ({}, {"backbone__source": "timm:resnet18"}, "the SHA-256 of the weights"),
+        ({}, {"backbone__weights": "other.safetensors"}, "the SHA-256 of the weights"),
         ({}, {"privacy__mechanism": "none"}, "privacy.mechanism: found 'none'; allowed: local"),
     ],
 )
