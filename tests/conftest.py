@@ -92,3 +92,13 @@ def resnet_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.uniform_(module.bias, -0.2, 0.2)
     return save_model(model, tmp_path_factory.mktemp("resnet"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real weights and data that lie beside the checkout, where they do: see their READMEs."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    directory = Path(os.environ.get("FEDGRAFT_SHARED_DATA", default))
+    if not directory.is_dir():
+        pytest.skip("no real data beside this checkout (FEDGRAFT_SHARED_DATA)")
+    return directory

@@ -42,7 +42,7 @@ def client_app(site_for: Callable[[Context], Site]) -> ClientApp:
         try:
             site = site_for(context)
         except Exception:  # Flower would send its text to the server
-            log.exception("there is no site for this message")
+            log.exception("there is no site for this message", extra={"action": "fail"})
             return refuse(message, 0, Status.FAILED)
         return ask(site, message)
 
@@ -79,7 +79,7 @@ def packed(message: Message, context: Context, answer: Callable[..., Message]) -
     try:
         message.content[ADAPTER] = unpack(adapter)
     except MessageError as error:
-        log.warning("refused a message: %s", error)
+        log.warning("refused a message: %s", error, extra={"action": "refuse"})
         return write_reply(message, 0, Status.MESSAGE)
     reply = answer(message, context)
     if reply.has_content() and ADAPTER in reply.content.array_records:

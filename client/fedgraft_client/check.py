@@ -11,13 +11,13 @@ import datetime as dt
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 
-from fedgraft_client.data import Records, check_records
+from fedgraft_client.data import Records, check_records, check_unlabelled
 from fedgraft_client.device_check import (
     RECORDS,
     cache_bytes,
@@ -33,8 +33,10 @@ from fedgraft_client.ledger_check import check_budget, check_ledger, check_polic
 from fedgraft_client.opening import load_records
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_client.site_file import SiteFile, load_site_file
+from fedgraft_client.tasks import build_task
 from fedgraft_common.errors import DeviceError, FedgraftError, IdentityError, LinkError
 from fedgraft_common.plan import Plan
+from fedgraft_common.task_spec import TaskSpec
 
 T = TypeVar("T")
 LEAST_DISK: Final = GIB  # bytes that ledger, heads and logs may want
@@ -96,7 +98,7 @@ class Checkup:
         else:
             yield self._look("data", lambda: check_data(file, base))
             records = self._value
-            yield self._after("classes", records, lambda found: check_classes(found, file.classes))
+            yield self._after("classes", records, lambda found: check_labels(found, file.spec))
             yield self._look("ledger", lambda: check_ledger(file, base))
             entries = self._value
             yield self._after("budget", entries, lambda found: check_budget(found, file.policy))
@@ -112,6 +114,7 @@ class Checkup:
         yield self._look("device", lambda: check_device(file.device if file else "auto", memory))
         device: torch.device | None = self._value
         home = base / file.home if file else base
+        task = build_task(file.spec if file else TaskSpec(classes=("0", "1")))
         found = self._look("backbone", lambda: ("", find_backbone(plan, home, identity)))
         if found.ok:
             directory, is_here = self._value
@@ -121,7 +124,7 @@ class Checkup:
             self._value = None
             if is_here:
                 made = Runtime(where, batch, lambda _: directory, most)
-                found = self._look("backbone", lambda: load_bench(made, plan))
+                found = self._look("backbone", lambda: load_bench(made, plan, task))
         yield found
         bench: Workbench | None = self._value
         count = len(records) if records else 0
@@ -130,8 +133,7 @@ class Checkup:
             yield self._after(
                 "policy", entries, lambda found: check_policy(file, self._plan, spent(found))
             )
-        classes = file.classes if file else ("0", "1")
-        yield self._after("DP step", bench, lambda b: trial_step(b, plan, classes))
+        yield self._after("DP step", bench, lambda b: trial_step(b, plan, task))
 
     def _look(self, name: str, work: Callable[[], tuple[str, Any]]) -> Result:
         self._value = None
@@ -170,23 +172,25 @@ def read_site_file(path: Path) -> tuple[str, SiteFile]:
 
 def check_data(file: SiteFile, base: Path) -> tuple[str, Records]:
     """Records that can be trained on, and those held out; classes are another check."""
-    records = load_records(base / file.data.source, file.data.unit)
+    records = load_records(file, base)
     sets = [(records, file.name)]
     if file.data.held_out is not None:
-        held_out = load_records(base / file.data.held_out, file.data.unit)
+        held_out = load_records(file, base, file.data.held_out)
         sets.append((held_out, f"{file.name}, held out"))
     for found, where in sets:
-        check_records(replace(found, labels=torch.zeros_like(found.labels)), ("0", "1"), where)
+        check_unlabelled(found, where)
     units = "" if records.units is None else f", {records.unit_count} of {file.data.unit}"
     text = f"{len(records)} records{units}; {file.data.nominal_size} units declared"
     return text, records
 
 
-def check_classes(records: Records, classes: tuple[str, ...]) -> tuple[str, None]:
-    """Every label is one of the site file's classes."""
-    check_records(records, classes, "labels")
-    counts = torch.bincount(records.labels, minlength=len(classes)).tolist()
-    return ", ".join(f"{name} {n}" for name, n in zip(classes, counts, strict=True)), None
+def check_labels(records: Records, spec: TaskSpec) -> tuple[str, None]:
+    """Every label is one of the site's task."""
+    check_records(records, build_task(spec), "labels")
+    if records.labels.dim() > 1 or records.labels.is_floating_point():
+        return f"labels of {spec.kind}", None
+    counts = torch.bincount(records.labels, minlength=len(spec.classes)).tolist()
+    return ", ".join(f"{name} {n}" for name, n in zip(spec.classes, counts, strict=True)), None
 
 
 def check_identity(directory: Path, now: float) -> tuple[str, Identity]:

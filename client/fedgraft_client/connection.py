@@ -454,7 +454,7 @@ def _told(address: str) -> Iterator[None]:
 def _flower_error(response: httpx.Response) -> FlowerError | None:
     try:
         return FlowerError.from_json(response.text)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets without end
         return None
 
 

@@ -32,6 +32,7 @@ from flwr.clientapp import ClientApp
 from fedgraft_client.connection import Outgoing, RunOver
 from fedgraft_client.health import Health, State
 from fedgraft_common.errors import FedgraftError, MessageError
+from fedgraft_common.logs import about
 from fedgraft_common.messages import PLAN, ROUND, STATUS, Status, read_status, write_reply
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Daemon:
         health: its account of itself.
         on_change: called after `health` changed; writes the status file.
         on_answer: told about each answer: Flower's message type, status and seconds it took.
+        is_outdated: whether the connection is to be made anew; asked when there is nothing to do.
         clock: monotonic seconds.
         wall: seconds since the epoch.
         sleep: waits.
@@ -128,6 +130,7 @@ class Daemon:
     health: Health = field(default_factory=Health)
     on_change: Callable[[Health], None] = lambda _: None
     on_answer: Callable[[str, Status, float], None] = lambda *_: None
+    is_outdated: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
@@ -159,7 +162,7 @@ class Daemon:
             log.info("stopped", extra={"action": "stop", "site": self.name})
 
     def _session(self) -> None:
-        """One connection, from activation until it fails or the daemon stops."""
+        """One connection, from activation until it fails, is outdated, or the daemon stops."""
         self._enter(State.CONNECTING, connected=False)
         connection = self.connect()
         try:
@@ -174,6 +177,8 @@ class Daemon:
                     return
                 if self._ask(connection):
                     heard = self.clock()
+                elif self.is_outdated():
+                    return
                 else:
                     self._wait(self.pace.question(self.clock() - heard))
                 self._failures = 0
@@ -197,7 +202,8 @@ class Daemon:
         facts = {"run": run, "round": _asked_round(message), "site": self.name}
         log.info("received a request", extra={"action": "receive", **facts})
         began = self.clock()
-        reply = self._answer(message, connection.node_id)
+        with about(**facts):
+            reply = self._answer(message, connection.node_id)
         self._pending = connection.prepare(reply)
         status = read_status(reply)
         self.health.status = status.value

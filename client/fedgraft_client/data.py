@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from fedgraft_client.tasks import Task
 from fedgraft_common.errors import DataError
 from fedgraft_common.modality import FORMS, Raw, count, fits, form_of
 
@@ -25,7 +26,7 @@ class Records:
     Attributes:
         inputs: raw, N records in the form of their modality; images are (N, C, H, W) float32 in
             [0, 1].
-        labels: (N,) int64, indices into the site's classes.
+        labels: N records first; what they are is the task's, e.g. (N,) int64 indices of classes.
         units: (N,) int64, the unit of each record, numbered from 0 at this site with no number
             left out (`number_units`); None if every record is a unit of its own.
     """
@@ -43,42 +44,30 @@ class Records:
         return len(self.labels)
 
 
-def check_records(records: Records, classes: tuple[str, ...], site: str) -> None:
+def check_records(records: Records, task: Task, site: str) -> None:
     """Refuses records that cannot be trained on.
 
     Raises:
-        DataError: no records, a value that is not finite or outside [0, 1], a label outside the
-            site's classes, fewer than two classes, or units that are not numbered 0 to U-1.
+        DataError: no records, a value that is not finite, a pixel outside [0, 1], labels that are
+            not the task's, or units that are not numbered 0 to U-1.
+    """
+    check_unlabelled(records, site)
+    task.check(records.labels, f"site {site}")
+
+
+def check_unlabelled(records: Records, site: str) -> None:
+    """The same, but for what the labels say.
+
+    Raises:
+        DataError: see `check_records`.
     """
     where = f"site {site}"
-    if len(classes) < 2:
-        raise DataError(
-            f"{where}: classes", ", ".join(classes) or "none", "at least two classes",
-            "A head needs something to tell apart: list every class the task has, even if no "
-            "record of it is here, or leave the site out.",
-        )  # fmt: skip
-    if len(set(classes)) < len(classes) or any("\n" in name for name in classes):
-        raise DataError(
-            f"{where}: classes", ", ".join(classes), "different names of one line each",
-            "Rename the classes in the label map.",
-        )  # fmt: skip
     if len(records) == 0:
         raise DataError(
             f"{where}: records", 0, "at least one record",
             "Check the data source, or leave the site out.",
         )  # fmt: skip
     _check_inputs(records, where)
-    if records.labels.dim() != 1 or records.labels.dtype != torch.int64:
-        raise DataError(
-            f"{where}: labels", f"{records.labels.dtype}{tuple(records.labels.shape)}",
-            "one int64 class index for each record", "Convert them: labels.flatten().long().",
-        )  # fmt: skip
-    outside = (records.labels < 0) | (records.labels >= len(classes))
-    if outside.any():
-        raise DataError(
-            f"{where}: labels", int(records.labels[outside][0]),
-            f"0 to {len(classes) - 1} ({', '.join(classes)})", "Correct the label map.",
-        )  # fmt: skip
     _check_units(records, where)
 
 
@@ -119,7 +108,7 @@ def _check_units(records: Records, where: str) -> None:
     units = records.units
     if units is None:
         return
-    if units.dtype != torch.int64 or units.shape != records.labels.shape:
+    if units.dtype != torch.int64 or units.shape != (len(records),):
         raise DataError(
             f"{where}: units", f"{units.dtype}{tuple(units.shape)}",
             f"{len(records)} int64 unit numbers, one for each record",

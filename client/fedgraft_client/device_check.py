@@ -12,10 +12,11 @@ import torch
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.cache import MEMORY_LIMIT
 from fedgraft_client.device_memory import GIB, memory_fraction
-from fedgraft_client.head import initial_head
 from fedgraft_client.identity import Identity
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Runtime, Workbench, choose_device
+from fedgraft_client.task_head import start_head
+from fedgraft_client.tasks import Task
 from fedgraft_client.training import train_round
 from fedgraft_common.errors import DeviceError
 from fedgraft_common.mechanism import StepNoise
@@ -50,9 +51,9 @@ def find_backbone(plan: Plan, home: Path, identity: Identity | None) -> tuple[Pa
     return found, found is not None
 
 
-def load_bench(runtime: Runtime, plan: Plan) -> tuple[str, Workbench]:
-    """The backbone loads, has the plan's hash, and takes the plan's adapter."""
-    bench = runtime.workbench(plan)
+def load_bench(runtime: Runtime, plan: Plan, task: Task) -> tuple[str, Workbench]:
+    """The backbone loads, has the plan's hash, takes the plan's adapter and suits the task."""
+    bench = runtime.workbench(plan, task.features)
     backbone = bench.adapted.backbone
     values = sum(tensor.numel() for tensor in bench.initial.values())
     pinned = "as the plan says" if plan.backbone.sha256 else "not pinned by the plan"
@@ -76,15 +77,17 @@ def cache_bytes(bench: Workbench | None, records: int) -> int:
 
 
 def trial_step(
-    bench: Workbench, plan: Plan, classes: tuple[str, ...], records: int = RECORDS
+    bench: Workbench, plan: Plan, task: Task, records: int = RECORDS
 ) -> tuple[str, None]:
     """One whole DP step on synthetic records, with the engine that the real ones would get."""
-    head = initial_head(plan, classes, bench.adapted.feature_dim)
+    head = start_head(plan, task, bench.adapted)
     example = bench.adapted.backbone.example(records, torch.Generator().manual_seed(1))
     inputs = (tensor.to(bench.device) for tensor in example)
     cached = tuple(tensor.cpu() for tensor in bench.prefix.compute(*inputs))
-    bench.trainer(head)
+    model, _ = bench.trainer(head)
     verdict = bench.verdicts[-1]
+    with torch.no_grad():
+        labels = task.example(model(*(tensor.to(bench.device) for tensor in cached))).cpu()
     smaller: list[int] = []
     began = time.perf_counter()
     update = train_round(
@@ -94,7 +97,7 @@ def trial_step(
         bench.initial,
         head,
         cached,
-        torch.arange(records) % len(classes),
+        labels,
         StepNoise(1.0, 1.0, 1e-3, 1e-3, None),
         NoiseSource.from_operating_system(),
         records,

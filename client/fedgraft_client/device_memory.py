@@ -79,9 +79,8 @@ def smaller(size: int, records: int) -> int:
         )  # fmt: skip
     half = at_once // 2
     log.warning(
-        "out of memory with %d records at once; going on with %d", at_once, half,
-        extra={"action": "memory"},
-    )  # fmt: skip
+        "out of memory; going on with fewer records at once", extra={"action": "memory"}
+    )  # how many there were is a count of private records
     return half
 
 

@@ -33,7 +33,7 @@ class Kind(StrEnum):
     RESERVE = "reserve"  # a mechanism is about to see private data; spent from here on
     COMMIT = "commit"  # its output is stored and may leave, as often as it is asked for
     VOID = "void"  # it never saw any; nothing is spent
-    APPROVE = "approve"  # the operator agrees to a plan
+    APPROVE = "approve"  # a plan is agreed to, by the operator or by the policy
     SEAL = "seal"  # the head was refitted without noise: this run is over for good
     SECURE = "secure"  # a message of secure aggregation may leave; its state is stored with it
     RECOVER = "recover"  # entries were lost and put back, or charged, from the witness

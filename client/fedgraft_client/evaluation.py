@@ -28,12 +28,15 @@ def exact_counts(features: torch.Tensor, head: LinearHead, records: Records) -> 
     """Correct and all held-out units, without noise: private, and not to be sent.
 
     Args:
-        features: (N, D) float32.
+        features: float32, of the kind that the head takes.
         head: DP-trained or fixed.
         records: the held-out records.
+
+    Raises:
+        PlanError: the head's task has no number of correct answers.
     """
     with torch.no_grad():
-        correct = (head.cpu()(features).argmax(dim=1) == records.labels).double()
+        correct = head.task.correct(head.cpu()(features), records.labels).clamp(0, 1)
     if records.units is None:
         return Counts(float(correct.sum()), float(len(correct)))
     sizes = torch.bincount(records.units).double()

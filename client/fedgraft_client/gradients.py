@@ -73,9 +73,14 @@ class Hooks:
     def _attach(self) -> None:
         from opacus.grad_sample import GradSampleHooks
 
-        self._hooks = GradSampleHooks(
-            self._model, batch_first=True, loss_reduction="sum", strict=False
-        )
+        try:
+            self._hooks = GradSampleHooks(
+                self._model, batch_first=True, loss_reduction="sum", strict=False
+            )
+        except BaseException:  # what was attached before it failed would spoil the next engine
+            for handle in self._model.__dict__.pop("autograd_grad_sample_hooks", []):
+                handle.remove()
+            raise
 
     def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
         try:

@@ -1,29 +1,45 @@
 """A site's own output layer: linear, over the backbone's features, never sent.
 
-Shapes: N records, D features, K classes of this site.
+Shapes: N records, D features, K classes or other outputs of this site's task.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fedgraft_common.plan import Plan
+from fedgraft_common.task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from fedgraft_client.tasks.task import Task
 
 
 class LinearHead(nn.Module):
-    """Logits (N, K) from features (N, D), which are first brought to unit length.
+    """Outputs (..., K) from features (..., D), which are first brought to unit length.
 
     Unit length keeps a fixed prototype head on one scale for every backbone and bounds the
     gradient a single record can cause.
+
+    Args:
+        features: D.
+        outputs: K.
+        task: whose loss it is trained with; None: to tell K classes apart.
+
+    Attributes:
+        public: whether the weights are the backbone's own, which a refit leaves alone.
     """
 
-    def __init__(self, features: int, classes: int) -> None:
+    public = False
+
+    def __init__(self, features: int, outputs: int, task: Task | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, classes)
+        self.task = task or _numbered_classes(outputs)
+        self.linear = nn.Linear(features, outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -38,15 +54,18 @@ class LinearHead(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
 
+def _numbered_classes(count: int) -> Task:
+    from fedgraft_client.tasks import build_task  # which draws its prototypes here
+
+    return build_task(TaskSpec(classes=tuple(str(i) for i in range(max(count, 2)))))
+
+
 def initial_head(plan: Plan, classes: tuple[str, ...], features: int) -> LinearHead:
-    """The head a site starts a run with: zeros (private), or frozen prototypes (fixed)."""
-    head = LinearHead(features, len(classes))
-    if plan.head.training == "fixed":
-        weight = simplex_prototypes(plan.seed, classes, features) * plan.head.scale
-        with torch.no_grad():
-            head.linear.weight.copy_(weight)
-        head.requires_grad_(False)
-    return head
+    """The head a site that tells classes apart starts a run with; see `start_head`."""
+    from fedgraft_client.task_head import head_of_width
+    from fedgraft_client.tasks import build_task
+
+    return head_of_width(plan, build_task(TaskSpec(classes=classes)), features)
 
 
 def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> torch.Tensor:
@@ -65,12 +84,35 @@ def simplex_prototypes(seed: int, classes: tuple[str, ...], features: int) -> to
         (K, D) float32, rows of length 1.
     """
     count = len(classes)
-    digest = hashlib.sha256("\0".join(["fedgraft head", str(seed), *classes]).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    gaussian = torch.randn(features, max(count, 1), generator=generator, dtype=torch.float64)
+    gaussian = _public_gaussian(seed, classes, features)
     if features < count:
         return nn.functional.normalize(gaussian, dim=0).T.float()
     basis, _ = torch.linalg.qr(gaussian)
     centred = torch.eye(count, dtype=torch.float64) - 1 / count
     frame: torch.Tensor = math.sqrt(count / (count - 1)) * basis @ centred
     return frame.T.float()
+
+
+def orthogonal_prototypes(seed: int, names: tuple[str, ...], features: int) -> torch.Tensor:
+    """Unit vectors at right angles to each other, for answers that do not exclude each other.
+
+    Args:
+        seed: the plan's seed.
+        names: of the classes or targets, K of them; sites with the same names agree.
+        features: D; if D < K there is no room, and independent random directions are used.
+
+    Returns:
+        (K, D) float32, rows of length 1.
+    """
+    gaussian = _public_gaussian(seed, names, features)
+    if features < len(names):
+        return nn.functional.normalize(gaussian, dim=0).T.float()
+    basis: torch.Tensor = torch.linalg.qr(gaussian)[0]
+    return basis.T.float()
+
+
+def _public_gaussian(seed: int, names: tuple[str, ...], features: int) -> torch.Tensor:
+    """(D, K) float64 standard normal, a function of the plan's seed and public names."""
+    digest = hashlib.sha256("\0".join(["fedgraft head", str(seed), *names]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(features, max(len(names), 1), generator=generator, dtype=torch.float64)

@@ -36,7 +36,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from filelock import FileLock, Timeout
@@ -73,6 +73,9 @@ CREATE TABLE IF NOT EXISTS rounds (
     seq INTEGER NOT NULL
 ) STRICT;
 """
+
+
+Approver = Literal["operator", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,13 +351,20 @@ class Ledger:
 
     # -- what the operator says
 
-    def approve(self, plan: str, name: str) -> None:
-        """Writes down that the operator agrees to a plan."""
-        self._append(Kind.APPROVE, {"plan": plan, "run": name})
+    def approve(self, plan: str, name: str, by: Approver = "operator") -> None:
+        """Writes down, once, that a plan is agreed to: by the operator, or by their policy."""
+        if not self.approved(plan, by):
+            self._append(Kind.APPROVE, {"plan": plan, "run": name, "by": by})
 
-    def approved(self, plan: str) -> bool:
-        """Whether a plan was approved."""
-        return self._said(Kind.APPROVE, plan)
+    def approved(self, plan: str, by: Approver = "operator") -> bool:
+        """Whether a plan was agreed to."""
+        query = (
+            "SELECT 1 FROM entries WHERE kind = ? AND json_extract(body, '$.plan') = ? "
+            "AND coalesce(json_extract(body, '$.by'), 'operator') = ?"
+        )
+        with self._reading() as connection:
+            found = connection.execute(query, (Kind.APPROVE.value, plan, by)).fetchone()
+        return found is not None
 
     def seal(self, plan: str) -> None:
         """Ends a run at this site: its head has been fitted without noise."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedgraft_client.data import Records, load_arrays, number_units, to_images
+from fedgraft_client.data import Records
 from fedgraft_client.ledger import Ledger
+from fedgraft_client.loaders import load
 from fedgraft_client.runtime import Runtime
 from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import SiteFile, load_site_file
 from fedgraft_client.store import SiteStore
-from fedgraft_common.errors import DataError, PolicyError
+from fedgraft_client.tasks import build_task
+from fedgraft_common.errors import PolicyError
 from fedgraft_common.plan import Plan
 
 
@@ -42,7 +42,7 @@ def open_site(
         LedgerError: the ledger is in use, damaged, or was rolled back.
     """
     file, base = load_site_file(path), path.parent
-    records = load_records(base / file.data.source, file.data.unit)
+    records = load_records(file, base)
     if file.policy.maximum_delta * records.unit_count >= 1:
         raise PolicyError(
             f"{path}: policy.maximum_delta", file.policy.maximum_delta,
@@ -51,11 +51,12 @@ def open_site(
         )  # fmt: skip
     held_out = None
     if file.data.held_out is not None:
-        held_out = load_records(base / file.data.held_out, file.data.unit)
+        held_out = load_records(file, base, file.data.held_out)
     store = open_store(file, base)
     try:
         runtime = Runtime(file.device, file.physical_batch, locate, file.policy.gpu_memory)
-        config = SiteConfig(file.name, file.classes, file.data.nominal_size)
+        size = file.data.nominal_size
+        config = SiteConfig(file.name, file.spec.classes, size, task=file.spec)
         return Site(
             config, records, runtime, store, file.policy,
             held_out=held_out, operator_key=operator_key, membership=membership,
@@ -94,24 +95,18 @@ def recover_ledger(file: SiteFile, base: Path) -> Ledger:
     )
 
 
-def load_records(path: Path, unit: str = "record") -> Records:
+def load_records(file: SiteFile, base: Path, source: str | None = None) -> Records:
     """Reads a site's records.
 
     Args:
-        path: npz file with arrays `images`, `labels` and, for a unit that is a column, that one.
-        unit: what the promise protects.
+        file: says where they are and what they mean.
+        base: what relative paths are relative to.
+        source: another source of the same form; None: the site's own.
 
     Raises:
-        DataError: the file, or an array of it, cannot be read.
+        DataError: they cannot be read.
     """
-    names = ("images", "labels") if unit == "record" else ("images", "labels", unit)
-    arrays = load_arrays(path, names)
-    labels = arrays["labels"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: labels", f"{labels.dtype}{labels.shape}", "one class number per record",
-            "Write an integer for each image, in the order of `classes`.",
-        )  # fmt: skip
-    images = to_images(arrays["images"], path)
-    units = None if unit == "record" else number_units(arrays[unit], f"{path}: {unit}")
-    return Records(images, torch.from_numpy(labels.astype(np.int64)), units)
+    task = build_task(file.spec)
+    scratch = file.store_directory(base)
+    found = load(source or file.data.source, file.data, task, file.data.unit, base, scratch)
+    return found.records

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedgraft_client.data import Records
 from fedgraft_client.store import load_sealed
+from fedgraft_client.tasks import Answer, Task
+from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.adapted import quiet_peft
 from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
@@ -26,20 +29,42 @@ CHUNK = 256  # records predicted at once
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Class and probability of each record.
+    """What a task's head says of each record.
 
     Attributes:
-        classes: names, K of them.
-        probabilities: (N, K) float32.
+        task: what was predicted.
+        outputs: N records first; see the task's module for their form.
+        backbone: with which.
     """
 
-    classes: tuple[str, ...]
-    probabilities: torch.Tensor
+    task: Task
+    outputs: torch.Tensor
+    backbone: Backbone
+
+    @property
+    def answers(self) -> list[Answer]:
+        """One row for each record, for people."""
+        return self.task.answers(self.outputs)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the task's classes."""
+        return self.task.spec.classes
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """(N, K) float32, of a task with one class for each record."""
+        return self.outputs.softmax(dim=1)
 
     @property
     def labels(self) -> list[str]:
-        """The most probable class of each record."""
-        return [self.classes[i] for i in self.probabilities.argmax(dim=1).tolist()]
+        """The most probable class of each record, of such a task."""
+        return [self.classes[i] for i in self.outputs.argmax(dim=1).tolist()]
+
+
+def align(found: Prediction, records: Records) -> torch.Tensor:
+    """The labels of predicted records, one for each place that the backbone has."""
+    return aligned(found.task, records, found.backbone)
 
 
 def load_adapted(config: BackboneConfig, adapter: Path) -> tuple[Backbone, nn.Module]:
@@ -90,9 +115,10 @@ def predict(adapter: Path, head: Path, raw: Raw, source: str | None = None) -> P
         update={"source": source}
     )  # fmt: skip
     backbone, model = load_adapted(config, adapter)
+    kind = sealed.task.features
     parts = []
     with torch.no_grad():
         for start in range(0, count(raw), CHUNK):
             inputs = backbone.prepare(take(raw, slice(start, start + CHUNK)))
-            parts.append(sealed.head(backbone.features(model, inputs)).softmax(dim=1))
-    return Prediction(sealed.classes, torch.cat(parts))
+            parts.append(sealed.head(backbone.features(model, inputs, kind)))
+    return Prediction(sealed.task, torch.cat(parts), backbone)

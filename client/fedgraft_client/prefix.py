@@ -14,6 +14,7 @@ object is made, and then the whole model is run each time and `reason` says why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from torch.utils import _pytree as pytree
 from fedgraft_common.adapted import AdaptedBackbone
 
 Cached = tuple[torch.Tensor, ...]
-_KEPT = object()  # marks a place that a kept tensor fills
+_HARMLESS = (nn.modules.dropout._DropoutNd, nn.Identity)
+"""Modules that do nothing in eval mode: they may run on placeholders, and again behind the door."""
 
 
 class _AtTheDoor(Exception):  # noqa: N818 - a signal, not an error
@@ -54,7 +56,10 @@ class Prefix(nn.Module):
         self._blank = torch.zeros_like(example[0])
         self._beside = 0  # inputs that are kept as they are
         self.door = model.adapted_blocks[0] if model.adapted_blocks else "features"
-        if model.adapter:
+        if model.adapter and not model.adapted_blocks:
+            self.door = "inputs"
+            self.reason = "the adapter stands before the first block"
+        elif model.adapter:
             self._cut(tolerance)
 
     def _cut(self, tolerance: float) -> None:
@@ -63,19 +68,19 @@ class Prefix(nn.Module):
         example = tuple(tensor.to(device) for tensor in drawn)
         self._beside = len(example) - 1
         self._entry = (self._root().get_submodule(self.door),)
-        self._learn_what_to_skip(tuple(tensor[:2] for tensor in example))
         own = self.model.state()
         try:
+            self._learn_what_to_skip(example)
             cached = self.compute(*example)
             self._disturb()  # kept tensors must not hold anything of the adapter
             with torch.no_grad():
                 whole = self.model(*example)
                 gap = float((whole - self(*cached)).abs().max() / whole.abs().max().clamp(min=1))
-            problem = None if gap <= tolerance else f"the parts differ by {gap:.1e}"
-            if any(len(tensor) != len(example[0]) for tensor in cached):
-                problem = "it is given a tensor that is not one row a record"
+            problem = None if gap <= tolerance else "something flows past it"
+            if any(c.each != 1 for c in self._constants if isinstance(c, _Rows)):
+                problem = "it is given a tensor with parts of records folded together"
         except Exception as error:  # whatever a foreign model does, the answer is "not cut"
-            problem = f"the rest does not run alone ({type(error).__name__})"
+            problem = f"the rest does not run alone ({_first_line(error)})"
         finally:
             self.model.load(own)
         if problem is not None:
@@ -96,30 +101,42 @@ class Prefix(nn.Module):
         return root
 
     def _learn_what_to_skip(self, example: tuple[torch.Tensor, ...]) -> None:
-        """One traced pass: which modules finish before the door, and what they return."""
+        """Two traced passes: which modules finish before the door, and what they return.
+
+        With two records, then with three: what changes its shape depends on the records.
+        """
+        two, outputs = self._trace(tuple(tensor[:2] for tensor in example))
+        three, others = self._trace(example)
+        values, self._layout = pytree.tree_flatten(two)
+        more, layout = pytree.tree_flatten(three)
+        if layout != self._layout:
+            raise ValueError("it is given a list with a part for each record")
+        self._constants = [_place(a, b) for a, b in zip(values, more, strict=True)]
+        outer = {child for module in outputs for child in module.modules() if child is not module}
+        for module, output in outputs.items():
+            if module not in outer and not isinstance(module, _HARMLESS):
+                output = pytree.tree_map(_place, output, others[module])
+                self._skipped.append((module, module.forward, output))
+                module.forward = self._stub(module.forward, output)
+        self._entry[0].register_forward_pre_hook(self._hand_over, with_kwargs=True)
+
+    def _trace(self, example: tuple[torch.Tensor, ...]) -> tuple[Any, dict[nn.Module, Any]]:
+        """What the door is given, and what each module returned that finished before it."""
         finished: dict[nn.Module, Any] = {}
         handles = []
         for name, module in self._root().named_modules():
             if name and module not in self._entry:
                 handles.append(module.register_forward_hook(self._note(finished)))
-        (entry,) = self._entry
-        handles.append(entry.register_forward_pre_hook(_stop, with_kwargs=True))
+        handles.append(self._entry[0].register_forward_pre_hook(_stop, with_kwargs=True))
         try:
             with torch.no_grad():
                 self.model(*example)
         except _AtTheDoor as door:
-            values, self._layout = pytree.tree_flatten(door.arguments)
-            records = len(example[0])
-            self._constants = [_KEPT if _per_record(v, records) else v for v in values]
+            return door.arguments, finished
         finally:
             for handle in handles:
                 handle.remove()
-        outer = {child for module in finished for child in module.modules() if child is not module}
-        for module, output in finished.items():
-            if module not in outer:
-                self._skipped.append((module, module.forward, output))
-                module.forward = self._stub(module.forward, output, len(example[0]))
-        entry.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        raise RuntimeError(f"{self.door} does not run")
 
     @staticmethod
     def _note(finished: dict[nn.Module, Any]) -> Callable[..., None]:
@@ -128,16 +145,14 @@ class Prefix(nn.Module):
 
         return hook
 
-    def _stub(self, original: Callable[..., Any], output: Any, records: int) -> Callable[..., Any]:
+    def _stub(self, original: Callable[..., Any], output: Any) -> Callable[..., Any]:
         """A forward that skips the module while the rest is run alone."""
 
         def placeholder(value: Any) -> Any:
-            if not _per_record(value, records):
+            if not isinstance(value, _Rows):
                 return value
             assert self._given is not None  # noqa: S101 - only called while the rest runs
-            batch = self._given[0].shape[0]
-            zero = torch.zeros((), dtype=value.dtype, device=value.device)
-            return zero.expand(batch, *value.shape[1:])
+            return value.blank(self._given[0])
 
         def forward(*arguments: Any, **options: Any) -> Any:
             if self._given is None:
@@ -150,7 +165,9 @@ class Prefix(nn.Module):
         if self._given is None or self._layout is None:
             return arguments, options
         given = iter(self._given)
-        values = [next(given) if c is _KEPT else c for c in self._constants]
+        values = [
+            next(given).movedim(0, c.place) if isinstance(c, _Rows) else c for c in self._constants
+        ]
         return pytree.tree_unflatten(values, self._layout)
 
     def _restore(self) -> None:
@@ -174,8 +191,12 @@ class Prefix(nn.Module):
             with torch.no_grad():
                 self.model(*inputs)
         except _AtTheDoor as door:
-            values, _ = pytree.tree_flatten(door.arguments)
-            kept = (v for v, c in zip(values, self._constants, strict=True) if c is _KEPT)
+            values = pytree.tree_leaves(door.arguments)
+            kept = (
+                value.movedim(c.place, 0)
+                for value, c in zip(values, self._constants, strict=True)
+                if isinstance(c, _Rows)
+            )
             return (*kept, *inputs[1:])
         finally:
             handle.remove()
@@ -197,9 +218,41 @@ class Prefix(nn.Module):
             self._given = None
 
 
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+
+
 def _stop(_: nn.Module, arguments: Any, options: Any) -> None:
     raise _AtTheDoor(arguments, options)
 
 
-def _per_record(value: Any, records: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == records
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A tensor that depends on the records: its shape without them, and where they are.
+
+    `each` is how many rows of that dimension belong to one record: 1, or more where parts of a
+    record (windows, say) are folded into it.
+    """
+
+    place: int
+    each: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def blank(self, given: torch.Tensor) -> torch.Tensor:
+        """Zeros that take no memory, for as many records as are given."""
+        shape = list(self.shape)
+        shape[self.place] = self.each * len(given)
+        return torch.zeros((), dtype=self.dtype, device=given.device).expand(shape)
+
+
+def _place(two: Any, three: Any) -> Any:
+    """Where the records are in a value, from the same value for two and for three records."""
+    if not isinstance(two, torch.Tensor) or two.shape == three.shape:
+        return two
+    differ = [i for i, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+    each, rest = divmod(two.shape[differ[0]], 2)
+    if len(differ) > 1 or rest or three.shape[differ[0]] != 3 * each:
+        raise ValueError("a number of rows that does not follow from the number of records")
+    return _Rows(differ[0], each, tuple(two.shape), two.dtype)

@@ -1,17 +1,17 @@
 """The sealed local refit: after the last round a site fits its head without noise, at home.
 
 It costs no privacy because nothing computed from it leaves; a refitted head never takes part in
-a round again (PRIVACY.md). The fit is multinomial logistic regression, held near the head that
-the federation used: a branch with thirty records, and none at all of some classes, keeps what
-the shared adapter was trained towards and corrects it where its own records say so.
+a round again (PRIVACY.md). The fit minimises the task's own loss, held near the head that the
+federation used: a branch with thirty records, and none at all of some classes, keeps what the
+shared adapter was trained towards and corrects it where its own records say so.
 
-Shapes: N records, D features, K classes.
+Shapes: N records, D features, K outputs at a place.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
+from torch.func import functional_call
 
 from fedgraft_client.head import LinearHead
 
@@ -27,37 +27,42 @@ def refit_head(
 ) -> LinearHead:
     """Fits a head to a site's own records, without noise.
 
-    Minimises sum of cross-entropies + stiffness/2 * |head - start|^2, which is convex with one
-    minimum, by L-BFGS in float64. It is the maximum a posteriori estimate under a Gaussian prior
-    around `start`; with a head of zeros it is ordinary ridge-penalised logistic regression.
+    Minimises sum of losses + stiffness/2 * |head - start|^2 by L-BFGS in float64. For all tasks
+    but detection, whose loss of a box is not, that is convex with one minimum: the maximum a
+    posteriori estimate under a Gaussian prior around `start`. With classes and a head of zeros it
+    is ordinary ridge-penalised logistic regression.
 
     Args:
-        features: (N, D) float32.
-        labels: (N,) int64 in [0, K); classes without a record are allowed.
-        start: the head the federation used, or one of zeros.
+        features: float32, N records first, of the kind that the head takes.
+        labels: of the head's task, N records first; classes without a record are allowed.
+        start: the head the federation used, or a new one.
         stiffness: how hard it is held, in records; see above.
 
     Returns:
-        A frozen head.
+        A frozen head. Of one whose table of tokens is the backbone's own, only the bias is fitted.
     """
-    inputs = LinearHead.normalise(features).double()
-    centre = torch.cat([start.linear.weight, start.linear.bias[:, None]], dim=1).detach().double()
-    ones = torch.ones(len(inputs), 1, dtype=torch.float64)
-    augmented = torch.cat([inputs, ones], dim=1)
-    change = torch.zeros_like(centre, requires_grad=True)
-    solver = torch.optim.LBFGS([change], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    linear, task = start.linear, start.task
+    head = type(start)(linear.in_features, linear.out_features, task).requires_grad_(False)
+    inputs = features.double()
+    labels = labels.double() if labels.is_floating_point() else labels
+    centre = {name: p.detach().double() for name, p in start.named_parameters()}
+    fitted = ("linear.bias",) if start.public else tuple(centre)
+    change = {name: torch.zeros_like(centre[name], requires_grad=True) for name in fitted}
+    solver = torch.optim.LBFGS(
+        list(change.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> torch.Tensor:
         solver.zero_grad()
-        logits = augmented @ (centre + change).T
-        fit = functional.cross_entropy(logits, labels, reduction="sum")
-        loss = fit + 0.5 * stiffness * change.square().sum()
+        moved = {name: p + change[name] if name in change else p for name, p in centre.items()}
+        fit = task.loss(functional_call(head, moved, (inputs,)), labels).sum()
+        distance = torch.stack([part.square().sum() for part in change.values()]).sum()
+        loss: torch.Tensor = fit + 0.5 * stiffness * distance
         loss.backward()
         return loss
 
     solver.step(objective)
-    head = LinearHead(start.linear.in_features, start.linear.out_features).requires_grad_(False)
-    fitted = (centre + change.detach()).float()
-    head.linear.weight.copy_(fitted[:, :-1])
-    head.linear.bias.copy_(fitted[:, -1])
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(centre[name] + change[name] if name in change else centre[name])
     return head

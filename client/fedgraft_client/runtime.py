@@ -19,8 +19,10 @@ from fedgraft_client.device_memory import in_chunks, limit_memory
 from fedgraft_client.gradients import CHECK_RECORDS, Engine, Verdict, choose_engine
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached, Prefix
+from fedgraft_client.tasks import Task
 from fedgraft_common.adapted import AdaptedBackbone, adapted_backbone
 from fedgraft_common.errors import PlanError
+from fedgraft_common.features import FeatureKind
 from fedgraft_common.fixed_point import FixedPoint, fixed_point
 from fedgraft_common.messages import Tensors
 from fedgraft_common.modality import Raw, count, take
@@ -33,7 +35,7 @@ THREADS = torch.get_num_threads()
 
 
 class SiteModel(nn.Module):
-    """The prefix' remainder and a head: logits (N, K) from cached tensors.
+    """The prefix' remainder and a head: a task's outputs, such as logits (N, K), of cached tensors.
 
     Attributes:
         dtype: number format of the frozen layers; the head and the adapter stay float32.
@@ -48,11 +50,11 @@ class SiteModel(nn.Module):
 
     def forward(self, *cached: torch.Tensor) -> torch.Tensor:
         """Runs the rest of the backbone, then the head."""
-        logits: torch.Tensor = self.head(self.features(*cached))
-        return logits
+        outputs: torch.Tensor = self.head(self.features(*cached))
+        return outputs
 
     def features(self, *cached: torch.Tensor) -> torch.Tensor:
-        """Features (N, D) float32."""
+        """Features float32, of the kind that the head takes."""
         exact = (t.float() if t.is_floating_point() else t for t in cached)
         features: torch.Tensor = self.prefix(*exact)
         return features.float()
@@ -84,6 +86,12 @@ def allow_onednn_products() -> bool:
 class Workbench:
     """One plan's model in one process, ready to train any site's data.
 
+    Args:
+        plan: names backbone and adapter.
+        device: where it runs.
+        directory: where the backbone lies, if not where the plan says.
+        features: what the heads take.
+
     Attributes:
         adapted: backbone and adapter.
         initial: the adapter that the plan's seed gives.
@@ -92,9 +100,15 @@ class Workbench:
         verdicts: how the gradient engines did, for the model in use; empty before training.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        directory: Path | None = None,
+        features: FeatureKind = "pooled",
+    ) -> None:
         self.device = device
-        self.adapted: AdaptedBackbone = adapted_backbone(plan, directory)
+        self.adapted: AdaptedBackbone = adapted_backbone(plan, directory, features)
         self.initial = self.adapted.state()
         self.adapted.to(device)
         self.dtype = frozen_dtype(plan.backbone.frozen_dtype, device)
@@ -105,7 +119,7 @@ class Workbench:
         self.prefix = Prefix(self.adapted)
         self.verdicts: tuple[Verdict, ...] = ()
         self._chunk = CHUNK
-        self._kind: tuple[int, bool] | None = None
+        self._kind: tuple[Task, int, bool] | None = None
         self._trainer: tuple[SiteModel, Engine] | None = None
 
     def cache(self, raw: Raw) -> Cached:
@@ -125,7 +139,7 @@ class Workbench:
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def features(self, adapter: Tensors, cached: Cached) -> torch.Tensor:
-        """Features (N, D) float32 on the CPU, under an adapter."""
+        """Features float32 on the CPU, under an adapter, of the kind that the heads take."""
         self.adapted.load(adapter)
         model = SiteModel(self.prefix, LinearHead(self.adapted.feature_dim, 2), self.device)
         model.dtype = self.dtype
@@ -143,9 +157,9 @@ class Workbench:
         Raises:
             GradientError: no engine is exact for this model.
         """
-        kind = (head.linear.out_features, head.linear.weight.requires_grad)
+        kind = (head.task, head.linear.out_features, head.linear.weight.requires_grad)
         if self._trainer is None or self._kind != kind:
-            self._trainer = self._checked(*kind)
+            self._trainer = self._checked(head)
             self._kind = kind
         model, engine = self._trainer
         model.head.load_state_dict(head.state_dict())
@@ -161,16 +175,19 @@ class Workbench:
             self._trainer[1].close()
             self._trainer = None
 
-    def _checked(self, classes: int, trains: bool) -> tuple[SiteModel, Engine]:
+    def _checked(self, like: LinearHead) -> tuple[SiteModel, Engine]:
         self.release()
         generator = torch.Generator().manual_seed(3)
-        head = LinearHead(self.adapted.feature_dim, classes).requires_grad_(trains)
+        linear, task = like.linear, like.task
+        head = type(like)(linear.in_features, linear.out_features, task)
+        head.requires_grad_(linear.weight.requires_grad)
         nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
         model = SiteModel(self.prefix, head, self.device)
         example = self.adapted.backbone.example(CHECK_RECORDS, torch.Generator().manual_seed(2))
         cached = self.prefix.compute(*(tensor.to(self.device) for tensor in example))
-        labels = torch.arange(CHECK_RECORDS, device=self.device) % classes
-        engine, self.verdicts = choose_engine(model, cached, labels)
+        with torch.no_grad():
+            labels = task.example(model(*cached))
+        engine, self.verdicts = choose_engine(model, cached, labels, task.loss)
         model.dtype = self.dtype  # checked in float32, then used in the plan's format
         return model, engine
 
@@ -211,13 +228,13 @@ class Runtime:
         """The device has room for this many records at once; later rounds begin with that."""
         self.physical_batch = min(self.physical_batch, physical_batch)
 
-    def workbench(self, plan: Plan) -> Workbench:
-        """The plan's workbench; built at the first call."""
-        key = plan.model_dump_json(include={"seed", "backbone", "adapter"})
+    def workbench(self, plan: Plan, features: FeatureKind = "pooled") -> Workbench:
+        """The plan's workbench for tasks that take such features; built at the first call."""
+        key = features + plan.model_dump_json(include={"seed", "backbone", "adapter"})
         if key not in self._benches:
             while len(self._benches) >= BENCHES:
                 self._benches.pop(next(iter(self._benches))).release()
-            self._benches[key] = Workbench(plan, self.device, self._locate(plan))
+            self._benches[key] = Workbench(plan, self.device, self._locate(plan), features)
         return self._benches[key]
 
 

@@ -27,7 +27,7 @@ from fedgraft_client.data import Records, check_records
 from fedgraft_client.egress import digest_counts, guard, guard_counts, guard_secure
 from fedgraft_client.entry import Charge, Purpose, evaluation_of
 from fedgraft_client.evaluation import exact_counts, noised
-from fedgraft_client.head import LinearHead, initial_head
+from fedgraft_client.head import LinearHead
 from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
@@ -35,6 +35,10 @@ from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import BENCHES, Runtime, Workbench
 from fedgraft_client.secure_member import Membership, SecureMember
 from fedgraft_client.store import SiteStore
+from fedgraft_client.task_head import start_head
+from fedgraft_client.tasks import Task, build_task
+from fedgraft_client.tasks.alignment import aligned
+from fedgraft_client.tasks.task import no_count
 from fedgraft_client.training import train_round
 from fedgraft_client.units import unit_index
 from fedgraft_common.accounting import SamplingEvent
@@ -67,6 +71,7 @@ from fedgraft_common.messages import (
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_common.secure_terms import context_of, masked_schema, to_tensors, to_vector
 from fedgraft_common.signing import check_signature
+from fedgraft_common.task_spec import TaskSpec
 
 log = logging.getLogger(__name__)
 REMEMBERED = 32  # plans whose check and calibration are kept; more are worked out again
@@ -79,14 +84,22 @@ class SiteConfig:
     Attributes:
         name: how the operator calls it; stays at the site.
         classes: names of its classes, from its own label map or the plan, never from its data.
+            Empty if the task has none.
         nominal_size: the number of units it declares in public; q = B / nominal_size.
         simulated: draw reproducible noise from the plan's seed. No privacy; refused by a daemon.
+        task: what it predicts; None: which of the classes.
     """
 
     name: str
     classes: tuple[str, ...]
     nominal_size: int
     simulated: bool = False
+    task: TaskSpec | None = None
+
+    @property
+    def spec(self) -> TaskSpec:
+        """What the site predicts."""
+        return self.task or TaskSpec(classes=self.classes)
 
 
 class Site:
@@ -119,10 +132,11 @@ class Site:
         operator_key: Ed25519PublicKey | None = None,
         membership: Membership | None = None,
     ) -> None:
-        check_records(records, config.classes, config.name)
+        task = build_task(config.spec, where=f"site {config.name}")
+        check_records(records, task, config.name)
         self.config = config
         if held_out is not None:
-            check_records(held_out, config.classes, f"{config.name}, held out")
+            check_records(held_out, task, f"{config.name}, held out")
         self.records = records
         self.held_out = held_out
         self.operator_key = operator_key
@@ -133,6 +147,7 @@ class Site:
         self.last_error: Exception | None = None
         self._clock = clock
         self._caches: dict[int, tuple[Workbench, Cached]] = {}
+        self._labels: dict[int, tuple[Workbench, torch.Tensor]] = {}
         self._held_out_cache: tuple[Workbench, Cached] | None = None
         self._runs: dict[int, str] = {}
         self._plans: dict[str, tuple[Plan, StepNoise]] = {}
@@ -142,7 +157,7 @@ class Site:
         """The reply to one round's request: adapter, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
+            bench = self.bench(plan)
             update = to_record(self._round(bench, plan, step, request))
             reply = write_reply(message, request.round, Status.OK, update)
             committed = self._committed(plan.hash, request.round)
@@ -160,7 +175,7 @@ class Site:
         """The reply to a request for an evaluation: two noised counts, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
+            bench = self.bench(plan)
             adapter = self._adapter(request, bench)
             counts = self._counts(bench, plan, step, request.round, adapter)
             reply = write_counts(message, request.round, Status.OK, counts)
@@ -176,7 +191,7 @@ class Site:
         """The reply to a step of secure aggregation beside a round: its message, round, status."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            member = self._member(plan, self.runtime.workbench(plan))
+            member = self._member(plan, self.bench(plan))
             answer = member.answer(kind, request.round, request.secure)
             reply = write_secure(message, request.round, Status.OK, answer)
             return guard_secure(reply, message, request.round, member.may_leave)
@@ -190,7 +205,7 @@ class Site:
         """The reply to the run's last message: the final adapter is kept for the refit."""
 
         def work(request: Request, plan: Plan, step: StepNoise) -> Message:
-            bench = self.runtime.workbench(plan)
+            bench = self.bench(plan)
             adapter = self._adapter(request, bench)
             self.store.save_final(plan, adapter)
             return refuse(request.round, Status.KEPT)
@@ -227,7 +242,8 @@ class Site:
         except Exception as error:
             self.last_error, status = error, Status.FAILED
             log.debug("site %s, round %d", self.config.name, number, exc_info=True)
-        log.warning("site %s, round %d: %s: %s", self.config.name, number, status, self.last_error)
+        facts = {"action": "refuse", "round": number or None, "site": self.config.name}
+        log.warning("%s: %s", status, self.last_error, extra=facts)
         return refuse(number, status)
 
     def _committed(self, output: str, number: int) -> str | None:
@@ -299,6 +315,9 @@ class Site:
                 "instead.",
             )  # fmt: skip
         step = self.step(plan)
+        task = self.task(plan)
+        if plan.evaluations and not task.countable:
+            raise no_count(task, "its answers are not right or wrong record by record")
         if self.policy is None:
             return step
         key = self.operator_key
@@ -312,6 +331,8 @@ class Site:
             )  # fmt: skip
         if not self._took_part(plan):
             self._check_whole(plan, step)
+        if self.policy.approval == "automatic":
+            self.store.ledger.approve(plan.hash, plan.name, by="policy")
         return step
 
     def _check_whole(self, plan: Plan, step: StepNoise) -> None:
@@ -332,8 +353,9 @@ class Site:
                 "Nothing was spent. Ask for a plan that costs less, or allow partial runs.",
             )  # fmt: skip
         log.warning(
-            "site %s: the budget pays %d of %d rounds of %s; the site leaves after that",
-            self.config.name, rounds, plan.rounds.count, plan.name,
+            "the budget pays %d of %d rounds of %s; the site leaves after that",
+            rounds, plan.rounds.count, plan.name,
+            extra={"action": "budget", "site": self.config.name},
         )  # fmt: skip
 
     def cost(self, plan: Plan) -> Cost:
@@ -379,7 +401,7 @@ class Site:
 
     def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
         number, adapter = request.round, self._adapter(request, bench)
-        head = initial_head(plan, self.config.classes, bench.adapted.feature_dim)
+        head = self.start_head(plan)
         finished, update = self.store.last_round(plan, head)
         if number == finished:
             return update  # the request came again: the same bytes, no second look at the data
@@ -399,7 +421,7 @@ class Site:
         if member is not None:
             member.check(number)
         noise = self._noise("round", plan, number)
-        cached, labels = self.cached(bench), self.records.labels
+        cached, labels = self.cached(bench), self.labels(bench)
         bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
         reservation = None
         if step.event is not None:  # without DP, in a simulation, there is nothing to account
@@ -445,7 +467,9 @@ class Site:
         noise = self._noise("evaluate", plan, number)
         reservation = self._reserve(plan, replace(step.evaluation, steps=1), number, "evaluate")
         features = bench.features(adapter, self._held_out_cache[1])
-        exact = exact_counts(features, self.trained_head(plan), self.held_out)
+        labels = aligned(self.task(plan), self.held_out, bench.adapted.backbone)
+        held_out = replace(self.held_out, labels=labels)
+        exact = exact_counts(features, self.trained_head(plan), held_out)
         counts = noised(exact, step.evaluation.noise_multiplier, noise)
         content = json.dumps({"correct": counts.correct, "total": counts.total}).encode()
         self.store.ledger.commit(
@@ -489,17 +513,38 @@ class Site:
             self._caches[key] = (bench, kept)
         return self._caches[key][1]
 
+    def labels(self, bench: Workbench) -> torch.Tensor:
+        """The labels of the training records, one for each place that this model has."""
+        key = id(bench)
+        if key not in self._labels:
+            while len(self._labels) >= BENCHES:
+                self._labels.pop(next(iter(self._labels)))
+            found = aligned(build_task(self.config.spec), self.records, bench.adapted.backbone)
+            self._labels[key] = (bench, found)
+        return self._labels[key][1]
+
+    def task(self, plan: Plan) -> Task:
+        """What the site predicts, with the plan's weights of classes."""
+        return build_task(self.config.spec, plan.training.class_weights)
+
+    def bench(self, plan: Plan) -> Workbench:
+        """The plan's model, giving the features that this site's head takes."""
+        return self.runtime.workbench(plan, self.task(plan).features)
+
+    def start_head(self, plan: Plan) -> LinearHead:
+        """The head that a run starts with here."""
+        return start_head(plan, self.task(plan), self.bench(plan).adapted)
+
     def trained_head(self, plan: Plan) -> LinearHead:
         """The head as the federation left it: DP-trained, or the fixed prototype."""
-        bench = self.runtime.workbench(plan)
-        head = initial_head(plan, self.config.classes, bench.adapted.feature_dim)
+        head = self.start_head(plan)
         self.store.last_round(plan, head)
         return head
 
     def refit(self, plan: Plan, adapter: Tensors) -> LinearHead:
         """Fits the head to this adapter without noise and seals it. See `refit_head`."""
-        bench = self.runtime.workbench(plan)
+        bench = self.bench(plan)
         features = bench.features(adapter, self.cached(bench))
-        head = refit_head(features, self.records.labels, self.trained_head(plan))
-        self.store.seal(plan, head, self.config.classes)
+        head = refit_head(features, self.labels(bench), self.trained_head(plan))
+        self.store.seal(plan, head)
         return head

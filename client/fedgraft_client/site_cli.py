@@ -36,16 +36,12 @@ def up(
     ] = False,
 ) -> None:
     """Run the site's daemon until SIGTERM: it asks the server, trains here, sends adapters."""
-    from fedgraft_client.daemon import Abandoned
-    from fedgraft_client.up import resident
+    from fedgraft_client.site_file import load_site_file
+    from fedgraft_client.up import run_until_stopped
     from fedgraft_common.logs import set_up_logs
 
-    set_up_logs(log_json)
-    with resident(site) as daemon, daemon.signals():
-        try:
-            daemon.run()
-        except Abandoned:
-            raise typer.Exit(130) from None
+    set_up_logs(log_json, facts={"site": load_site_file(site).name})
+    raise typer.Exit(run_until_stopped(site))
 
 
 @app.command()
@@ -163,7 +159,7 @@ def refit(
 
     plan, opened = load_plan(plan_file), open_site(site)
     try:
-        bench = opened.runtime.workbench(plan)
+        bench = opened.bench(plan)
         opened.refit(plan, bench.adapted.read(adapter) if adapter else opened.store.final(plan))
         sealed = opened.store.directory / plan.hash / "sealed.safetensors"
     finally:

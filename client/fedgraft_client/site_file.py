@@ -5,7 +5,8 @@
 
     [data]
     name = "x-rays-2026"                 # one ledger for each data set
-    source = "train.npz"                 # arrays `images`, `labels` and, if need be, the unit
+    source = "imagefolder:train"         # or csv:, dicom:, parquet:, ...; a bare path is npz
+    label_map = { normal = "healthy", pneumonia = "ill" }
     unit = "patient_id"                  # what the promise protects; default: record
     nominal_size = 400                   # units, roughly; the server may learn it
 
@@ -24,15 +25,17 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedgraft_client.policy import Policy
 from fedgraft_common.errors import PolicyError
 from fedgraft_common.plan import Section
+from fedgraft_common.reading import SOURCES, Reading
+from fedgraft_common.task_spec import TaskSpec
 
 
-class Data(Section):
-    """`[data]`: the site's own records."""
+class Data(Reading):
+    """`[data]`: the site's own records, and how they are read."""
 
     name: str = Field(
         default="data",
@@ -40,16 +43,19 @@ class Data(Section):
         description="The site's own name for this data set. Everything ever computed from it is "
         "in one ledger; a new name would start at zero and break the promise.",
     )
-    source: str = Field(description="npz file with arrays `images` and `labels`.")
+    source: str = Field(
+        description="KIND:PATH with one of the kinds " + ", ".join(SOURCES) + "; a bare path is "
+        "an npz file with arrays `images` and `labels`.",
+    )
     held_out: str | None = Field(
         default=None,
-        description="npz file of the same form, with records of other units: what a released "
+        description="A source of the same form, with records of other units: what a released "
         "evaluation counts.",
     )
     unit: str = Field(
         default="record",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="What the promise protects: `record`, or the array that says whose a record "
+        description="What the promise protects: `record`, or the column that says whose a record "
         "is, e.g. `patient_id`.",
     )
     nominal_size: int = Field(
@@ -79,8 +85,11 @@ class SiteFile(Section):
         description="How the operator calls the site.",
     )
     classes: tuple[str, ...] = Field(
-        min_length=2, description="Names of the classes, in the order of the label numbers."
+        default=(),
+        description="Names of the classes, in the order of the label numbers; short for "
+        "`task.classes`.",
     )
+    task: TaskSpec = Field(default=TaskSpec(), description="What the site predicts.")
     home: str = Field(
         default="home",
         description="Directory of the ledger, the heads and the identity; private to the site.",
@@ -99,6 +108,17 @@ class SiteFile(Section):
     data: Data
     policy: Policy = Policy()
     monitoring: Monitoring = Monitoring()
+
+    @model_validator(mode="after")
+    def _classes_are_said_once(self) -> SiteFile:
+        if self.classes and self.task.classes and self.classes != self.task.classes:
+            raise ValueError("classes and task.classes differ; state them once")
+        return self
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task, with its classes."""
+        return self.task.model_copy(update={"classes": self.task.classes or self.classes})
 
     def store_directory(self, base: Path) -> Path:
         """Where the ledger and the heads of this data set are; `base` is the file's directory."""
@@ -133,6 +153,12 @@ def load_site_file(path: Path) -> SiteFile:
         raise PolicyError(
             f"{path}: {field}", value, message, "Correct the site file and try again."
         ) from None
+    classes = found.spec.classes
+    if found.spec.kind == "single-label" and len(classes) < 2:
+        raise PolicyError(
+            f"{path}: classes", list(classes), "at least two classes",
+            "List every class the task has, in order, or name another task.kind.",
+        )  # fmt: skip
     if found.policy.maximum_delta >= 1 / found.data.nominal_size:
         raise PolicyError(
             f"{path}: policy.maximum_delta", found.policy.maximum_delta,

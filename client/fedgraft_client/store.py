@@ -11,6 +11,7 @@ data.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from safetensors.torch import load, save
 
 from fedgraft_client.head import LinearHead
 from fedgraft_client.ledger import Ledger
+from fedgraft_client.task_head import empty_head
+from fedgraft_client.tasks import Task, build_task
 from fedgraft_common.errors import CheckpointError
 from fedgraft_common.files import load_tensors, save_tensors, write_atomically
 from fedgraft_common.messages import Tensors, digest, to_record
 from fedgraft_common.plan import Backbone, Plan
 from fedgraft_common.secure_aggregation import SiteState
+from fedgraft_common.task_spec import TaskSpec
 
 _HEAD, _REPLY = "head.", "reply."
 
@@ -150,11 +154,11 @@ class SiteStore:
         self.ledger.approve(plan.hash, plan.name)
         return True
 
-    def seal(self, plan: Plan, head: LinearHead, classes: tuple[str, ...]) -> Path:
+    def seal(self, plan: Plan, head: LinearHead) -> Path:
         """Keeps a refitted head for predictions at home, and ends the run at this site."""
         path = self.directory / plan.hash / "sealed.safetensors"
         facts = {
-            "classes": json.dumps(classes),
+            "task": head.task.spec.model_dump_json(),
             "backbone": plan.backbone.model_dump_json(),
             "plan": plan.hash,
         }
@@ -168,14 +172,22 @@ class SealedHead:
     """A refitted head and what it belongs to.
 
     Attributes:
-        head: frozen.
-        classes: names, K of them.
+        head: frozen; knows its task.
         backbone: the plan's backbone, pooling and hash included.
     """
 
     head: LinearHead
-    classes: tuple[str, ...]
     backbone: Backbone
+
+    @property
+    def task(self) -> Task:
+        """What it predicts."""
+        return self.head.task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, K of them; empty if the task has none."""
+        return self.task.spec.classes
 
 
 def load_sealed(path: Path) -> SealedHead:
@@ -185,19 +197,24 @@ def load_sealed(path: Path) -> SealedHead:
         CheckpointError: missing, damaged, or another kind of file.
     """
     tensors, metadata = load_tensors(path)
-    if "classes" not in metadata or "linear.weight" not in tensors:
+    if not {"task", "classes"} & set(metadata) or "linear.weight" not in tensors:
         raise CheckpointError(
-            str(path), "no head with class names", "a sealed.safetensors of a site",
+            str(path), "no head with a task", "a sealed.safetensors of a site",
             "Name the sealed head, not the file of a round.",
         )  # fmt: skip
-    classes, features = tensors["linear.weight"].shape
-    head = LinearHead(features, classes)
+    outputs, features = tensors["linear.weight"].shape
+    head = empty_head(build_task(_spec(metadata)), features, outputs)
     head.load_state_dict(tensors)
     return SealedHead(
-        head.requires_grad_(False),
-        tuple(json.loads(metadata["classes"])),
-        Backbone.model_validate_json(metadata["backbone"]),
+        head.requires_grad_(False), Backbone.model_validate_json(metadata["backbone"])
     )
+
+
+def _spec(metadata: Mapping[str, str]) -> TaskSpec:
+    """The task of a sealed head; version 0.1 knew classes only."""
+    if "task" in metadata:
+        return TaskSpec.model_validate_json(metadata["task"])
+    return TaskSpec(classes=tuple(json.loads(metadata["classes"])))
 
 
 def _with_prefix(tensors: Tensors, prefix: str) -> Tensors:

@@ -10,7 +10,9 @@ Nothing that arrives is code: a plan signed by the federation's operator, and te
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,15 +20,18 @@ from fedgraft_client.app import client_app
 from fedgraft_client.backbone_fetch import Credentials, plan_backbone
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.connection import Dialler, FleetConnection
-from fedgraft_client.daemon import Daemon, Pace
+from fedgraft_client.daemon import Abandoned, Daemon, Pace
 from fedgraft_client.identity import Identity, load_identity, renew_if_due
 from fedgraft_client.monitoring import monitored
 from fedgraft_client.opening import open_site
 from fedgraft_client.site import Site
 from fedgraft_client.site_file import load_site_file
+from fedgraft_common.certificates import is_renewal_due, read_certificate
+from fedgraft_common.errors import IdentityError
 from fedgraft_common.plan import Plan
 
 log = logging.getLogger(__name__)
+RENEWAL = 3600.0  # seconds between two attempts to renew a certificate
 BACKBONES = 50 * 2**30
 """Bytes of fetched backbones that a site keeps; those in use stay whatever they weigh."""
 
@@ -37,11 +42,22 @@ class Link:
     Args:
         identity: of the site.
         memory: file for Flower's number of the site.
+        now: the clock, with time zone.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, identity: Identity, memory: Path) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        memory: Path,
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._identity = identity
         self._memory = memory
+        self._now = now
+        self._clock = clock
+        self._next_look = 0.0
 
     def __call__(self) -> FleetConnection:
         """A connection.
@@ -50,15 +66,27 @@ class Link:
             LinkError: no connection, or the server does not let this site in.
             IdentityError: the certificate has expired.
         """
-        renewed = renew_if_due(self._identity)
-        if renewed is not None:
-            log.info("certificate renewed until %s", renewed.expires, extra={"action": "renew"})
-            self._identity = renewed
-        now = load_identity(self._identity.directory)
+        self._next_look = self._clock() + RENEWAL
+        try:
+            renewed = renew_if_due(self._identity, self._now)
+        except IdentityError as error:  # there are weeks left to try it again
+            log.warning("certificate not renewed: %s", error, extra={"action": "renew"})
+        else:
+            if renewed is not None:
+                log.info("certificate renewed until %s", renewed.expires, extra={"action": "renew"})
+        self._identity = now = load_identity(self._identity.directory, self._now)
         dial = Dialler(
             now.facts.gateway, now.node_private_key, now.ssl_context(), memory=self._memory
         )
         return dial()
+
+    def is_outdated(self) -> bool:
+        """Whether to connect anew, for a new certificate; looks at it once an hour."""
+        if self._clock() < self._next_look:
+            return False
+        self._next_look = self._clock() + RENEWAL
+        present = read_certificate(self._identity.directory / "site.pem")
+        return is_renewal_due(present, self._now())
 
 
 @contextlib.contextmanager
@@ -74,10 +102,11 @@ def backbones(identity: Identity, directory: Path) -> Iterator[Callable[[Plan], 
     """
     store = BlobStore(directory, BACKBONES)
     at = identity.directory
-    credentials = Credentials.from_files(at / "ca.pem", at / "site.pem", at / "site.key")
     with contextlib.ExitStack() as pinned:
 
         def locate(plan: Plan) -> Path | None:
+            # Read anew: the certificate is another one after each renewal.
+            credentials = Credentials.from_files(at / "ca.pem", at / "site.pem", at / "site.key")
             return pinned.enter_context(
                 plan_backbone(
                     plan.backbone,
@@ -118,13 +147,29 @@ def resident(
             membership=identity.membership,
         )
         try:
+            link = Link(identity, home / "node")
             daemon = Daemon(
                 file.name,
-                Link(identity, home / "node"),
+                link,
                 client_app(lambda _: site),
                 pace=pace or Pace(),
+                is_outdated=link.is_outdated,
             )
             with monitored(daemon, file, home / "status.json", site.store.ledger.spent):
                 yield daemon
         finally:
             site.store.close()
+
+
+def run_until_stopped(site_file: Path, open_with: Callable[..., Site] = open_site) -> int:
+    """A daemon until SIGTERM or SIGINT; see `resident`.
+
+    Returns:
+        The process' exit code: 130 if a second SIGINT abandoned a round, else 0.
+    """
+    with resident(site_file, open_with) as daemon, daemon.signals():
+        try:
+            daemon.run()
+        except Abandoned:
+            return 130
+    return 0

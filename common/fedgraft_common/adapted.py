@@ -70,26 +70,63 @@ class AdaptedBackbone(nn.Module):
         self.adapted_blocks = tuple(
             block for block in blocks if any(_inside(t, block) for t in targets)
         )
-        with quiet_peft():
-            self.peft = get_peft_model(self.backbone.model, method.config(adapter, targets))
+        config = method.config(adapter, targets)
+        if method.place == "model":
+            _describe(config, self.backbone.model)
+        try:
+            with quiet_peft():
+                self.peft = get_peft_model(self.backbone.model, config)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            raise AdapterError(
+                "adapter.method", adapter.method,
+                f"a method that PEFT has for {type(self.backbone.model).__name__} "
+                f"({str(error).splitlines()[0]})", "Choose another method or other targets.",
+            ) from None  # fmt: skip
         for name, parameter in self.peft.named_parameters():
             parameter.requires_grad_(method.trains(name))
             if method.random(name):
                 _draw(parameter, seed, name)
             if parameter.requires_grad:
                 self.adapter[name.replace(".default.", ".")] = parameter
+        if method.place == "model":
+            self._check_prompt(adapter)
+        else:
+            _check_places(self.adapter, self.adapted_blocks, adapter)
+
+    def _check_prompt(self, adapter: Adapter) -> None:
+        """Some models cannot take tokens or keys in front of their own, and some ignore them."""
+        example = self.backbone.example(1, torch.Generator().manual_seed(0))
+        own = self.state()
+        problem = "with this model PEFT's prompts have no effect"
+        try:
+            with torch.no_grad():
+                before = self.backbone.features(self.peft, example)
+                self.load({name: value + 1 for name, value in own.items()})
+                if not torch.equal(before, self.backbone.features(self.peft, example)):
+                    return
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            problem = f"this model cannot run with it: {str(error).splitlines()[0]}"
+        finally:
+            self.load(own)
+        raise AdapterError(
+            "adapter.method", adapter.method, f"a method that suits the backbone; {problem}",
+            "Choose another method.",
+        )  # fmt: skip
 
     def set_modes(self) -> None:
         """Eval mode everywhere (no dropout, frozen statistics), but for trained leaf modules.
 
         Opacus' hooks only fire on modules in train mode. A BatchNorm in train mode would use the
         private batch's statistics, so it stays in eval; then the hooks stay silent and the
-        gradient check picks another exact method.
+        gradient check picks another exact method. A module with parts of its own may draw dropout
+        for them by its own mode (attention does), so it stays in eval, too.
         """
         self.eval()
         for module in self.peft.modules():
             trained = any(p.requires_grad for p in module.parameters(recurse=False))
-            module.training = trained and not isinstance(module, NORMALISATIONS_WITH_STATE)
+            leaf = next(module.children(), None) is None
+            stateful = isinstance(module, NORMALISATIONS_WITH_STATE)
+            module.training = trained and leaf and not stateful
 
     @property
     def schema(self) -> tuple[TensorSpec, ...]:
@@ -127,6 +164,7 @@ class AdaptedBackbone(nn.Module):
             AdapterError: it cannot be read, or is for another plan or backbone.
         """
         path = directory / "adapter_model.safetensors"
+        names = self._saved_names()
         try:
             found = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -135,13 +173,27 @@ class AdaptedBackbone(nn.Module):
                 "Name the adapter directory of the run.",
             ) from None  # fmt: skip
         for spec in self.schema:
-            shape = tuple(found[spec.name].shape) if spec.name in found else "missing"
+            saved = names[spec.name]
+            shape = tuple(found[saved].shape) if saved in found else "missing"
             if shape != spec.shape:
                 raise AdapterError(
                     f"{path}: {spec.name}", shape, str(spec.shape),
                     "It belongs to another plan or backbone; name the adapter of this run.",
                 )  # fmt: skip
-        return {spec.name: found[spec.name].float() for spec in self.schema}
+        return {spec.name: found[names[spec.name]].float() for spec in self.schema}
+
+    def _saved_names(self) -> dict[str, str]:
+        """What PEFT calls each tensor of the schema in its file."""
+        from peft import get_peft_model_state_dict
+
+        if not self.adapter:
+            return {}
+        with quiet_peft():
+            saved = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        places = {tensor.data_ptr(): name for name, tensor in saved.items()}
+        if len(saved) == len(self.adapter) == 1:  # a prompt is saved as what it computes
+            return dict(zip(self.adapter, saved, strict=True))
+        return {name: places[p.data_ptr()] for name, p in self.adapter.items()}
 
 
 @contextlib.contextmanager
@@ -150,6 +202,7 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         yield
 
 
@@ -193,8 +246,16 @@ def choose_targets(
     """Full names of the modules that get an adapter.
 
     Raises:
-        AdapterError: nothing in those blocks matches.
+        AdapterError: nothing in those blocks matches, or single modules are named for a method
+            that is not attached to modules.
     """
+    if method.place != "modules":
+        if adapter.targets != "auto":
+            raise AdapterError(
+                "adapter.targets", adapter.targets, f"auto: {method.name} is not attached to "
+                "single modules", "Leave it out; adapter.layers chooses blocks.",
+            )  # fmt: skip
+        return list(blocks) if method.place == "blocks" else []
     suitable = [
         name
         for name, module in model.named_modules()
@@ -214,6 +275,31 @@ def choose_targets(
             "Correct adapter.targets, adapter.layers or adapter.method.",
         )  # fmt: skip
     return chosen
+
+
+def _describe(config: Any, model: Any) -> None:
+    """Tells PEFT the sizes of a language model, whatever their names in its configuration."""
+    about = getattr(model, "config", None)
+    for name, key in (
+        ("token_dim", "hidden_size"), ("num_layers", "num_hidden_layers"),
+        ("num_attention_heads", "num_attention_heads"),
+    ):  # fmt: skip
+        value = getattr(about, key, None)
+        if getattr(config, name, None) is None and isinstance(value, int):
+            setattr(config, name, value)
+
+
+def _check_places(
+    trained: dict[str, nn.Parameter], blocks: tuple[str, ...], adapter: Adapter
+) -> None:
+    """PEFT matches names by their ending; a module elsewhere must not be trained by accident."""
+    for name in trained:
+        inner = name.removeprefix("base_model.model.")
+        if not any(_inside(inner, block) for block in blocks):
+            raise AdapterError(
+                "adapter.targets", inner, "modules inside the chosen blocks only: "
+                + ", ".join(blocks), "Choose other blocks or targets; two names end alike.",
+            )  # fmt: skip
 
 
 def _inside(name: str, block: str) -> bool:

@@ -1,50 +1,31 @@
-"""Backbones: frozen pre-trained models in the ordinary Hugging Face directory form.
+"""Backbones: frozen pre-trained models, whichever source they come from.
 
-A backbone is a directory with `config.json` and `model.safetensors`, and beside them a
-`manifest.json` that says where it came from, how its input is prepared and which blocks may
-carry adapters. A directory without a manifest is usable too: the constants are then read from
-`preprocessor_config.json`, and the blocks are found by looking. Weights are read from safetensors
-only; a pickle is never opened, and no code from the directory runs.
+Beside the weights may lie a `manifest.json` that says where they came from, how the input is
+prepared and which blocks may carry adapters; without it the constants come from the model's own
+files, and the blocks are found by looking. Weights are read from safetensors only; a pickle is
+never opened, and no code that came with a model runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from fedgraft_common import plan as plans
+from fedgraft_common.description import Manifest
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.features import FeatureKind, Pooling, as_map, as_tokens, pool
 from fedgraft_common.manifest import check_directory
 from fedgraft_common.modality import Modality, Raw
-from fedgraft_common.preparations import ImagePreparation, Preparation
+from fedgraft_common.preparations import Preparation
+from fedgraft_common.sources import find_source
+from fedgraft_common.sources.directory import embedded_directory
+from fedgraft_common.sources.source import Read
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-
-
-class Manifest(BaseModel):
-    """What a backbone says about itself."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    name: str
-    licence: str = "unknown"
-    source: str | dict[str, Any] = "unknown"
-    preprocessing: ImagePreparation
-    pooling: Pooling | None = None
-    blocks: tuple[str, ...] = ()
-    feature_mean: tuple[float, ...] = ()
-    feature_std: tuple[float, ...] = ()
+__all__ = ["Backbone", "Manifest", "embedded_directory", "load_backbone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +34,7 @@ class Backbone:
 
     Attributes:
         preparation: makes the model's inputs of raw records.
+        read: runs the model, or the same with an adapter, on its named inputs.
     """
 
     model: nn.Module
@@ -62,6 +44,7 @@ class Backbone:
     blocks: tuple[str, ...]
     directory: Path
     preparation: Preparation
+    read: Read
 
     @property
     def modality(self) -> Modality:
@@ -96,12 +79,13 @@ class Backbone:
             kind: what the task needs.
         """
         named = dict(zip(self.input_names, inputs, strict=True))
-        output = model(**named)
+        output = self.read(model, named)
+        mask = named.get("attention_mask")
         if kind == "tokens":
-            return as_tokens(output)
+            return as_tokens(output, mask)
         if kind == "map":
             return as_map(output)
-        return self.standardise(pool(output, self.pooling, named.get("attention_mask")))
+        return self.standardise(pool(output, self.pooling, mask))
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Features (N, D) in units of the backbone's own public training data.
@@ -116,23 +100,6 @@ class Backbone:
         return (features - mean) / features.new_tensor(self.manifest.feature_std)
 
 
-def embedded_directory(name: str) -> Path:
-    """The directory of a backbone that ships with Fedgraft.
-
-    Raises:
-        BackboneError: there is none of that name.
-    """
-    root = Path(str(resources.files("fedgraft_common"))) / "embedded"
-    directory = root / name
-    if not (directory / "config.json").is_file():
-        names = sorted(p.name for p in root.iterdir() if (p / "config.json").is_file())
-        raise BackboneError(
-            "backbone.source", f"embedded:{name}", ", ".join(f"embedded:{n}" for n in names),
-            "Choose one of these, or dir:PATH.",
-        )  # fmt: skip
-    return directory
-
-
 def load_backbone(config: plans.Backbone, directory: Path | None = None) -> Backbone:
     """Loads what the plan names and checks its hash.
 
@@ -142,161 +109,30 @@ def load_backbone(config: plans.Backbone, directory: Path | None = None) -> Back
             for `server:NAME`. The hashes are checked all the same.
 
     Raises:
-        BackboneError: no such directory, no safetensors, a pickle instead, a damaged file, a
-            hash other than the plan's, or a `server:NAME` that was not fetched.
+        BackboneError: no such model, no safetensors, a pickle instead, a damaged or incomplete
+            file, a hash other than the plan's, or a `server:NAME` that was not fetched.
     """
-    directory = directory or _directory(config.source)
+    kind, _, location = config.source.partition(":")
+    if directory is not None:
+        kind, location = "dir", str(directory)
+    elif kind == "embedded":
+        kind, location = "dir", str(embedded_directory(location))
     if config.manifest_sha256 is not None:
-        check_directory(directory, config.manifest_sha256)
-    weights = _weights_file(directory)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if config.sha256 not in (None, digest):
-        raise BackboneError(
-            str(weights), f"sha256 {digest}", f"sha256 {config.sha256}, pinned by the plan",
-            "Fetch the right file, or correct backbone.sha256.",
-        )  # fmt: skip
-    model = _load_model(directory)
-    manifest = _manifest(directory, model)
-    pooling: Pooling | None = manifest.pooling if config.pooling == "auto" else config.pooling
-    blocks = manifest.blocks or find_blocks(model)
+        if kind != "dir":
+            raise BackboneError(
+                "backbone.manifest_sha256", config.source, "a directory or a fetched backbone",
+                "Pin this source with backbone.sha256.",
+            )  # fmt: skip
+        check_directory(Path(location), config.manifest_sha256)
+    loaded = find_source(kind).load(location, config)
+    own = loaded.manifest.pooling
     return Backbone(
-        model, manifest, digest, pooling, blocks, directory, preparation=manifest.preprocessing
-    )
-
-
-def _directory(source: str) -> Path:
-    kind, _, location = source.partition(":")
-    if kind == "server":
-        raise BackboneError(
-            "backbone.source", source, "embedded:NAME or dir:PATH where nothing is fetched",
-            "Fetch it from the federation's server first, then name its directory.",
-        )  # fmt: skip
-    return embedded_directory(location) if kind == "embedded" else Path(location)
-
-
-def _weights_file(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise BackboneError(
-            "backbone.source", str(directory), "an existing directory", "Check the path."
-        )
-    if (directory / "adapter_config.json").exists():
-        raise BackboneError(
-            str(directory / "adapter_config.json"), "an adapter beside the backbone",
-            "a directory with a backbone only: transformers would apply the adapter unasked, and "
-            "the backbone's hash would not show it", "Move the adapter to a directory of its own.",
-        )  # fmt: skip
-    weights = directory / "model.safetensors"
-    if weights.is_file():
-        return weights
-    pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
-    if pickles:
-        raise BackboneError(
-            str(directory / pickles[0]), "a pickle, which can run code when it is opened",
-            "model.safetensors",
-            "Convert it where you trust it: model.save_pretrained(directory).",
-        )  # fmt: skip
-    raise BackboneError(
-        str(directory), "no model.safetensors", "a directory with config.json and "
-        "model.safetensors", "Save the model with model.save_pretrained(directory).",
-    )  # fmt: skip
-
-
-def _load_model(directory: Path) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, report = AutoModel.from_pretrained(
-                directory,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                attn_implementation="eager",  # faster than flash on CPUs, and vmap can trace it
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BackboneError(
-            str(directory), reason, "a model that transformers.AutoModel loads offline",
-            "Compare the files with the manifest's hashes, or copy the directory again.",
-        ) from None  # fmt: skip
-    return _without_random_weights(model, report["missing_keys"], directory)
-
-
-def _without_random_weights(model: Any, missing: Iterable[str], directory: Path) -> nn.Module:
-    """Transformers draws what a checkpoint lacks at random: another model in every process.
-
-    A pooler that was never trained is common and is left out; anything else is refused.
-    """
-    if missing and all(name.startswith("pooler.") for name in missing):
-        model.pooler = None
-    elif missing:
-        raise BackboneError(
-            str(directory / "model.safetensors"), f"no weights for {', '.join(sorted(missing))}",
-            "a checkpoint with every weight of the architecture in config.json",
-            "Save the whole model again, or correct config.json.",
-        )  # fmt: skip
-    frozen: nn.Module = model.requires_grad_(False).eval()
-    return frozen
-
-
-def _manifest(directory: Path, model: nn.Module) -> Manifest:
-    path = directory / "manifest.json"
-    try:
-        if path.is_file():
-            return Manifest.model_validate_json(path.read_bytes())
-        return Manifest(name=directory.name, preprocessing=_processor_constants(directory, model))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BackboneError(
-            f"{path}: {field}", first["input"], first["msg"], "Correct the file, or remove it."
-        ) from None
-
-
-def _processor_constants(directory: Path, model: nn.Module) -> ImagePreparation:
-    config: Any = model.config
-    path = directory / "preprocessor_config.json"
-    try:
-        processor = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise BackboneError(str(path), str(error), "JSON", "Correct or remove the file.") from None
-    size = getattr(config, "image_size", None) or processor.get("size", 224)
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge") or 224
-    channels = int(getattr(config, "num_channels", 3))
-    return ImagePreparation(
-        channels=channels,
-        size=int(size[0] if isinstance(size, list | tuple) else size),
-        mean=tuple(processor.get("image_mean", [0.5] * channels)),
-        std=tuple(processor.get("image_std", [0.5] * channels)),
-    )
-
-
-def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """The blocks of a model in order: the children of its longest list of like modules.
-
-    Transformers keep theirs in one list (`layers.0`, `layers.1`, ...); a convolutional network
-    nests lists (stages of layers), and the innermost lists together are taken.
-    """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
-    ]
-    longest = max(lists, key=lambda item: len(item[1]), default=None)
-    if longest is None:
-        return ()
-    kind = type(longest[1][0])
-    return tuple(
-        f"{name}.{index}"
-        for name, module in lists
-        if all(type(child) is kind for child in module)
-        for index in range(len(module))
+        model=loaded.model,
+        manifest=loaded.manifest,
+        sha256=loaded.sha256,
+        pooling=own if config.pooling == "auto" else config.pooling,
+        blocks=loaded.blocks,
+        directory=loaded.directory,
+        preparation=loaded.preparation,
+        read=loaded.read,
     )

@@ -5,6 +5,7 @@
     ├── PrivacyError      a privacy parameter that cannot be met
     ├── BackboneError     a backbone directory, manifest or weights file
     ├── AdapterError      an adapter method or target that does not fit the backbone
+    ├── ExportError       an adapted model in a format that cannot hold it
     ├── GradientError     per-example gradients that cannot be made exact
     ├── DeviceError       a site's machine: memory, disk
     ├── DataError         a site's records
@@ -67,6 +68,10 @@ class BackboneError(FedgraftError):
 
 class AdapterError(FedgraftError):
     """An adapter does not fit its backbone."""
+
+
+class ExportError(FedgraftError):
+    """An adapted model cannot be written in another format."""
 
 
 class GradientError(FedgraftError):

@@ -19,7 +19,7 @@ import torch
 from fedgraft_common.errors import AdapterError
 
 FeatureKind: TypeAlias = Literal["pooled", "tokens", "map"]
-Pooling: TypeAlias = Literal["pooler", "cls", "mean"]
+Pooling: TypeAlias = Literal["pooler", "cls", "last", "mean"]
 
 
 def pool(output: Any, pooling: Pooling | None, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,8 +28,8 @@ def pool(output: Any, pooling: Pooling | None, mask: torch.Tensor | None = None)
     Args:
         output: has `last_hidden_state` (N, T, D) or (N, D, H, W), maybe `pooler_output`.
         pooling: None takes the model's own pooler if it has one, else the mean.
-        mask: (N, T), not 0 where a token counts; the mean is over those, and the first of them is
-            the one that `cls` takes.
+        mask: (N, T), not 0 where a token counts; the mean is over those, and `cls` and `last` are
+            the first and the last of them. Tokens that a prompt adds in front have none.
 
     Returns:
         (N, D) float32.
@@ -48,22 +48,34 @@ def pool(output: Any, pooling: Pooling | None, mask: torch.Tensor | None = None)
     hidden: torch.Tensor = output.last_hidden_state
     if hidden.dim() == 4:
         return hidden.flatten(2).mean(dim=2).float()
-    counts = None if mask is None or mask.shape != hidden.shape[:2] else (mask != 0).float()
-    if pooling == "cls":
-        if counts is None:
-            return hidden[:, 0].float()
-        first = counts.argmax(dim=1)[:, None, None].expand(-1, 1, hidden.shape[2])
-        return hidden.gather(1, first)[:, 0].float()
-    if counts is None:
-        return hidden.mean(dim=1).float()
-    total = (hidden.float() * counts[:, :, None]).sum(dim=1)
-    return total / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    if mask is None or mask.dim() != 2 or mask.shape[1] > hidden.shape[1]:
+        counts = hidden.new_ones(hidden.shape[:2])
+    else:
+        hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]
+        counts = (mask != 0).to(hidden.dtype)
+    if pooling in ("cls", "last"):
+        order = torch.arange(hidden.shape[1], device=hidden.device).to(counts.dtype)
+        chosen = (counts * (order + 1 if pooling == "last" else len(order) - order)).argmax(dim=1)
+        return hidden.gather(1, chosen[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0].float()
+    total = (hidden.float() * counts[:, :, None].float()).sum(dim=1)
+    return total / counts.float().sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def as_tokens(output: Any) -> torch.Tensor:
-    """(N, T, D) float32: the model's tokens, or the cells of its map row by row."""
+def as_tokens(output: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, T, D) float32: the model's tokens, or the cells of its map row by row.
+
+    Args:
+        output: has `last_hidden_state` (N, T, D) or (N, D, H, W).
+        mask: (N, T) of a text, 0 where a token is padding, whose features become zeros; tokens
+            that a prompt added in front are left out.
+    """
     hidden: torch.Tensor = output.last_hidden_state
-    return (hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden).float()
+    if hidden.dim() == 4:
+        return hidden.flatten(2).transpose(1, 2).float()
+    if mask is not None and mask.dim() == 2 and mask.shape[1] <= hidden.shape[1]:
+        hidden = hidden[:, hidden.shape[1] - mask.shape[1] :]
+        hidden = hidden * (mask != 0).to(hidden)[:, :, None]
+    return hidden.float()
 
 
 def as_map(output: Any) -> torch.Tensor:

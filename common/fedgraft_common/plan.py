@@ -19,15 +19,34 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedgraft_common.errors import PlanError
+from fedgraft_common.reading import SOURCES, Reading
+from fedgraft_common.task_spec import TaskSpec
 
 Mechanism = Literal["local", "distributed", "none"]
 Scalar = str | int | float | bool
 MOST_STEPS = 100_000
+LATER_KEYS: dict[str, dict[str, Any]] = {
+    "backbone": {
+        "manifest_sha256": None, "weights": None, "options": {}, "preprocessing": {},
+        "modality": "auto",
+    },
+    "adapter": {"tokens": 8},
+    "training": {"class_weights": {}},
+    "privacy": {"secure_aggregation": "real"},
+}  # fmt: skip
+"""Keys that came later, and their defaults: a plan without them keeps the hash it had."""
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
@@ -43,15 +62,37 @@ class Backbone(Section):
 
     source: str = Field(
         default="embedded:glyphs",
-        pattern=r"^((embedded|dir):.+|server:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})$",
+        pattern=r"^((embedded|dir|hf|timm|torchvision|cifar-resnet|tabular):.+"
+        r"|server:[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})$",
         description="Where the model comes from: `embedded:NAME`, `dir:PATH` for a Hugging "
-        "Face directory (config.json and model.safetensors), or `server:NAME` from the "
-        "federation's backbone service, which needs `sha256`.",
+        "Face directory (config.json and model.safetensors), `hf:OWNER/NAME[@REVISION]` from the "
+        "hub's cache, `timm:NAME`, `torchvision:NAME`, `cifar-resnet:DEPTH`, "
+        "`tabular:WIDTHxDEPTH`, or `server:NAME` from the federation's backbone service, which "
+        "needs `sha256`.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="A local safetensors file to take the weights from, by the model's own names. "
+        "torchvision needs one; timm takes the hub's cache without.",
+    )
+    options: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict,
+        description="Keyword arguments of the model's constructor or configuration, e.g. "
+        "in_chans = 1 or img_size = 64 for timm, columns = 13 for a table.",
+    )
+    preprocessing: dict[str, Scalar | tuple[Scalar, ...]] = Field(
+        default_factory=dict,
+        description="Public constants of the input in place of the backbone's own: size, mean, "
+        "std, order of an image; length of a text in tokens, of a sound in samples.",
+    )
+    modality: Literal["auto", "image", "text", "image-text"] = Field(
+        default="auto",
+        description="What a model with two towers, such as CLIP, is given; `auto` is images.",
     )
     sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
-        description="SHA-256 of model.safetensors in hexadecimal. A model with another hash is "
+        description="SHA-256 of the weights file in hexadecimal. A model with another hash is "
         "refused.",
     )
     manifest_sha256: str | None = Field(
@@ -60,10 +101,11 @@ class Backbone(Section):
         description="SHA-256 of the backbone's signed manifest in hexadecimal. It fixes every "
         "file, configuration and preprocessing included, not only the weights.",
     )
-    pooling: Literal["auto", "pooler", "cls", "mean"] = Field(
+    pooling: Literal["auto", "pooler", "cls", "last", "mean"] = Field(
         default="auto",
         description="How the output becomes one feature vector per record. `auto` takes the "
-        "manifest's choice, else the model's own pooler, else the mean over tokens.",
+        "manifest's choice, else the model's own pooler, else the mean over tokens; `cls` and "
+        "`last` take the first and the last token.",
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -83,12 +125,17 @@ class Adapter(Section):
 
     method: str = Field(
         default="ffa-lora",
-        description="`ffa-lora` (A frozen and public, B trained), `lora`, `film` (scale and shift "
-        "of normalisation layers) or `none` (head only).",
+        description="`ffa-lora` (A frozen and public, B trained), `lora`, `dora`, `ia3`, `film` "
+        "(scale and shift of normalisation layers), `ln-tuning` (layer normalisations only), "
+        "`prompt` and `prefix` (language models), `full` (every weight of the chosen blocks), or "
+        "`none`, also called `feature-extraction` (head only).",
     )
     rank: int = Field(default=8, ge=1, le=1024, description="LoRA rank r (dimensionless).")
     alpha: float = Field(
         default=16.0, gt=0, description="LoRA scaling numerator; the update is alpha/r * B A."
+    )
+    tokens: int = Field(
+        default=8, ge=1, le=1024, description="Virtual tokens of `prompt` and `prefix`."
     )
     layers: Literal["all"] | str | tuple[str, ...] = Field(
         default="all",
@@ -99,6 +146,11 @@ class Adapter(Section):
         description="Name endings of the modules adapted inside those blocks; `auto` takes every "
         "linear and convolution layer (LoRA) or every normalisation layer (FiLM).",
     )
+
+    @field_validator("method")
+    @classmethod
+    def _one_name(cls, method: str) -> str:
+        return "none" if method == "feature-extraction" else method
 
 
 class Head(Section):
@@ -150,6 +202,11 @@ class Training(Section):
     )
     head_learning_rate: float = Field(
         default=1.0, gt=0, le=1e4, description="SGD step size of a privately trained head."
+    )
+    class_weights: dict[str, Annotated[float, Field(gt=0, le=1e3)]] = Field(
+        default_factory=dict,
+        description="Weight of a class in the loss, by name; 1 for others. Public and the plan's: "
+        "counted on a site's records, weights would tell how many it has of each.",
     )
 
 
@@ -247,22 +304,65 @@ class Rounds(Section):
     )
 
 
-class Data(Section):
+class SimulatedTask(TaskSpec):
+    """A task and the columns of the source that hold its answers."""
+
+    label: str | tuple[str, ...] | None = Field(
+        default=None, description="The column or columns of its labels; absent: `data.label`."
+    )
+    label_map: dict[str, str] = Field(
+        default_factory=dict, description="As `data.label_map`, for this task."
+    )
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task alone."""
+        return TaskSpec.model_validate(self.model_dump(exclude={"label", "label_map"}))
+
+
+class Data(Reading):
     """Simulation only: which records, and what each site is asked to predict."""
 
     source: str = Field(
         default="sklearn:digits",
-        pattern=r"^(sklearn:digits|npz:.+)$",
-        description="`sklearn:digits`, or `npz:PATH` with arrays `images` (records, height, "
-        "width[, channels]) and `labels` (records,).",
+        pattern=r"^(sklearn:digits|(" + "|".join(SOURCES) + r"):.+)$",
+        description="`sklearn:digits`, or KIND:PATH with one of the kinds "
+        + ", ".join(SOURCES)
+        + ". A path is relative to the directory where the simulation is started.",
+    )
+    test: str | None = Field(
+        default=None,
+        pattern=r"^(" + "|".join(SOURCES) + r"):.+$",
+        description="Records of the same form that every site is measured on. Absent: each site "
+        "holds `test_fraction` of its own back.",
     )
     test_fraction: float = Field(
         default=0.2, gt=0, lt=1, description="Share of each site's records held out for testing."
     )
-    label_sets: dict[str, tuple[tuple[int, ...], ...]] = Field(
+    split: str | None = Field(
+        default=None,
+        description="Column that says `train` or `test` of each record. Absent: drawn from the "
+        "seed.",
+    )
+    classes: tuple[str, ...] = Field(
+        default=(),
+        description="Names of the classes of the source, in order. Absent: the label numbers that "
+        "occur, which only a simulation may look at.",
+    )
+    label_sets: dict[str, tuple[tuple[int | str, ...], ...]] = Field(
         default_factory=dict,
         description="Named groupings of the source's labels into classes, e.g. "
-        "odd-even = [[1,3,5,7,9],[0,2,4,6,8]].",
+        "odd-even = [[1,3,5,7,9],[0,2,4,6,8]]; by number, or by name where `classes` has names.",
+    )
+    tasks: dict[str, SimulatedTask] = Field(
+        default_factory=dict,
+        description="Named tasks, given to the sites by `sites.tasks`; for anything but telling "
+        "classes apart.",
+    )
+    score: str = Field(
+        default="",
+        description="Which score the table compares, e.g. AUC. Empty, or unknown to a site's "
+        "task: the task's own.",
     )
 
 
@@ -278,10 +378,20 @@ class Sites(Section):
         description="Keyword arguments of the partitioner; num_partitions, partition_by and seed "
         "are filled in where it takes them.",
     )
+    partition_by: str = Field(
+        default="label",
+        description="Column that the partitioner looks at; with NaturalIdPartitioner, each of its "
+        "values is a site.",
+    )
     label_sets: tuple[str, ...] = Field(
         default=(),
         description="Names from data.label_sets, given to the sites in turn; empty: every site "
         "predicts all labels of the source.",
+    )
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Names from data.tasks, given to the sites in turn; empty: every site tells "
+        "classes apart.",
     )
 
 
@@ -379,6 +489,16 @@ class Plan(Section):
                     f"sites.label_sets names {name!r}, which data.label_sets does not define; "
                     f"defined: {', '.join(self.data.label_sets) or 'none'}"
                 )
+        for name in self.sites.tasks:
+            if name not in self.data.tasks:
+                raise ValueError(
+                    f"sites.tasks names {name!r}, which data.tasks does not define; defined: "
+                    f"{', '.join(self.data.tasks) or 'none'}"
+                )
+        if self.sites.tasks and self.sites.label_sets:
+            raise ValueError(
+                "sites.tasks and sites.label_sets both say what the sites predict; use one"
+            )
         return self
 
     @property
@@ -430,10 +550,10 @@ class Plan(Section):
     def canonical(self) -> str:
         """The plan as sorted JSON without white space, without the simulation's tables."""
         document = self.model_dump(mode="json", exclude={"data", "sites", "comparison"})
-        if self.backbone.manifest_sha256 is None:  # plans older than the key keep their hash
-            del document["backbone"]["manifest_sha256"]
-        if self.privacy.secure_aggregation == "real":
-            del document["privacy"]["secure_aggregation"]
+        for section, keys in LATER_KEYS.items():
+            for key, default in keys.items():
+                if document[section][key] == default:
+                    del document[section][key]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

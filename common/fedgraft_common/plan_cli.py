@@ -57,6 +57,24 @@ def check(
             f"{step.epsilon(plan.privacy.delta):.4f} at delta {plan.privacy.delta:g} with q "
             f"{step.sample_rate:g}, sigma {step.event.noise_multiplier:.4f}"
         )
+    if plan.secure:
+        _print_integers(plan, values)
+
+
+def _print_integers(plan: Plan, length: int) -> None:
+    """How sums travel, and epsilon once more, of the discrete noise itself."""
+    from fedgraft_common.discrete_accounting import discrete_epsilon
+    from fedgraft_common.fixed_point import fixed_point
+
+    field = fixed_point(plan, length)
+    assert plan.training.sample_rate is not None  # noqa: S101 - such a plan has one
+    delta = plan.privacy.delta
+    second = discrete_epsilon(field, plan.training.sample_rate, plan.steps, delta)
+    typer.echo(
+        f"integers    {field.bits} bits, {field.scale:.0f} to one; noise of {field.shares} of "
+        f"{field.sites} sites counts"
+    )
+    typer.echo(f"            epsilon {second:.4f} by Rényi moments of the discrete noise (looser)")
 
 
 @app.command()

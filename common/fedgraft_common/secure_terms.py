@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
+from numpy.typing import NDArray
 
-from fedgraft_common.masks import Vector
 from fedgraft_common.messages import Tensors, TensorSpec, digest
 from fedgraft_common.plan import Plan
 from fedgraft_common.secure_messages import Terms
@@ -67,12 +67,12 @@ def masked_schema(schema: Sequence[TensorSpec], bits: int) -> tuple[TensorSpec, 
     return tuple(TensorSpec(spec.name, spec.shape, f"uint{bits}") for spec in schema)
 
 
-def to_vector(tensors: Tensors, schema: Sequence[TensorSpec]) -> np.ndarray[tuple[int], np.dtype]:
+def to_vector(tensors: Tensors, schema: Sequence[TensorSpec]) -> NDArray[Any]:
     """Tensors one after the other, in the schema's order."""
     return np.concatenate([tensors[spec.name].numpy().reshape(-1) for spec in schema])
 
 
-def to_tensors(vector: Vector, schema: Sequence[TensorSpec]) -> Tensors:
+def to_tensors(vector: NDArray[Any], schema: Sequence[TensorSpec]) -> Tensors:
     """What `to_vector` joined."""
     parts = np.split(vector, np.cumsum([int(np.prod(spec.shape)) for spec in schema])[:-1])
     return {

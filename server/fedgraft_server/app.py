@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft_common.errors import FedgraftError, ServerError
-from fedgraft_common.logs import set_up_logs
+from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
 from fedgraft_server.run_folder import COMPLETED, FAILED, Outcome, RunFolder
 
@@ -74,11 +75,14 @@ def main(grid: Grid, context: Context) -> None:
     An error of ours is how the run ends: it is written down, and the run waits for the coordinator.
     Anything else (a signal, a connection that is gone) leaves it to be continued.
     """
-    set_up_logs()  # Flower sends what this process writes to `fedgraft logs`
+    names: dict[int, str] = {}
+    as_json = bool(os.environ.get(AS_JSON))  # Flower sends it on to `fedgraft logs`
+    set_up_logs(as_json, facts={"run": str(context.run_id)}, names=names)
     plan, directory, sites = read_run_config(context.run_config)
     folder = RunFolder(directory)
     _HELD.append(folder.take(context.run_id))
     try:
+        names.update((node.node_id, node.name) for node in grid.get_nodes())
         _run(plan, folder, sites, grid, context.run_config)
     except FedgraftError as error:
         folder.end(Outcome(FAILED, str(error)))

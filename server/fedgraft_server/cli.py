@@ -185,11 +185,12 @@ def up(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
-    from fedgraft_server import logs, metrics
+    from fedgraft_common.logs import set_up_logs
+    from fedgraft_server import metrics
     from fedgraft_server.settings import ServerDirectory
     from fedgraft_server.up import Service, serve
 
-    logs.configure(log_json)
+    set_up_logs(log_json)
     services: list[Service] = []
     if importlib.util.find_spec(_BACKBONE_SERVICE) is not None:
         services.append(importlib.import_module(_BACKBONE_SERVICE).serve)

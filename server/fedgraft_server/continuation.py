@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 10
 """Processes in a row that may die without finishing a round, before the run counts as failed."""
-_PATIENCE: Final = (
-    30.0  # seconds from a process' start until it holds the run; Flower's are 30, too
-)
+_PATIENCE: Final = 300.0  # seconds that a process may take from its start until it holds its run
+_SETTLING: Final = 3.0  # seconds until a process that was just begun can be seen
 _LAST_WAIT: Final = 60.0  # seconds between two attempts at most
 
 
@@ -139,6 +138,7 @@ class Continuation:
         link: to its SuperLink.
         launched: seconds since the epoch when the SuperExec was started that runs now; processes
             that an earlier one began are dead or about to be.
+        alive: how many processes of this SuperExec there are now.
         clock: monotonic seconds.
     """
 
@@ -147,12 +147,15 @@ class Continuation:
         server: ServerDirectory,
         link: Runs,
         launched: Callable[[], float],
+        alive: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
         self._link = link
         self._launched = launched
+        self._alive = alive
         self._clock = clock
+        self._spare = 0  # processes that are alive and hold no run, at the last look
         self._cares: dict[str, _Care] = {}
 
     def look(self) -> None:
@@ -161,9 +164,11 @@ class Continuation:
         Raises:
             ServerError: the SuperLink cannot be reached.
         """
-        idle = [folder for folder in RunFolder.all(self._server.runs) if self._is_idle(folder)]
+        folders = RunFolder.all(self._server.runs)
+        idle = [folder for folder in folders if self._is_idle(folder)]
         if not idle:
             return
+        self._spare = self._alive() - sum(folder.is_worked_on() for folder in folders)
         states = self._link.all()
         for folder in idle:
             mine = [state for state in states if state.folder == folder.name]
@@ -201,7 +206,8 @@ class Continuation:
             return True
         if care.idle[0] != state.id:
             care.idle = state.id, now
-        return now - care.idle[1] >= _PATIENCE
+        # It may be slow on a busy machine, as long as there is a process that may be it.
+        return now - care.idle[1] >= (_PATIENCE if self._spare > 0 else _SETTLING)
 
     def _continue(self, folder: RunFolder, care: _Care) -> None:
         with folder.changing():

@@ -181,7 +181,8 @@ def deliver(plan: Plan, aggregator: Aggregator, adapter: Tensors, grid: Grid) ->
         request.metadata.message_type = FINAL
     replies = list(grid.send_and_receive(requests, timeout=min(DELIVERY, plan.rounds.deadline)))
     kept = sum(read_status(reply) is Status.KEPT for reply in replies)
-    log.info("%d of %d sites have the final adapter", kept, len(requests))
+    facts = {"action": "deliver", "round": plan.rounds.count}
+    log.info("%d of %d sites have the final adapter", kept, len(requests), extra=facts)
     return kept
 
 
@@ -200,21 +201,23 @@ def evaluate(
     counts: dict[int, Counts] = {}
     for reply in grid.send_and_receive(requests, timeout=plan.rounds.deadline):
         node = reply.metadata.src_node_id
+        facts = {"action": "refuse", "round": number, "site": node}
         if read_status(reply) is not Status.OK:
-            log.warning("round %d, node %d: no evaluation: %s", number, node, read_status(reply))
+            log.warning("no evaluation: %s", read_status(reply), extra=facts)
             continue
         if reply.content.config_records[STATUS].get(ROUND) != number:
-            log.warning("round %d, node %d: a late answer was ignored", number, node)
+            log.warning("a late answer was ignored", extra=facts)
             continue
         try:
             found = read_counts(reply.content.metric_records.get(COUNTS))
             counts.setdefault(node, found)  # a second answer is ignored
         except MessageError as error:
-            log.warning("round %d, node %d: %s", number, node, error)
+            log.warning("%s", error, extra=facts)
     result = estimate(number, list(counts.values()), plan.evaluation.noise_multiplier)
     log.info(
         "round %d: accuracy %.3f, 95 %% interval %.3f to %.3f, from noised counts of %d sites",
         number, result.accuracy, result.low, result.high, result.sites,
+        extra={"action": "evaluate", "round": number},
     )  # fmt: skip
     keep_evaluation(directory, result)
     return result
@@ -258,7 +261,8 @@ def usable_updates(
         try:
             updates.setdefault(node, _update(schema, number, reply))  # a second answer is ignored
         except FedgraftError as error:
-            log.warning("round %d, node %d: %s", number, node, error)
+            facts = {"action": "refuse", "round": number, "site": node}
+            log.warning("%s", error, extra=facts)
             refused.append(str(error.value))
     needed = plan.aggregation.minimum_sites
     if plan.privacy.mechanism == "distributed":  # a colluder's share is known: it hides nothing

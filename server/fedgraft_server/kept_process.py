@@ -10,6 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import psutil
+
+from fedgraft_server.program_output import ProgramOutput
+
 LOG = logging.getLogger(__name__)
 
 _SETTLED: Final = 10.0  # seconds of life after which a death counts as the first
@@ -24,16 +28,24 @@ class KeptProcess:
         name: for the log.
         command: program and arguments.
         environment: all of the child's variables.
+        output: what becomes of what it prints; nobody's business but the log's by default.
 
     Attributes:
         started: seconds since the epoch, of the newest start; 0 before the first.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: ProgramOutput | None = None,
+    ) -> None:
         self.name = name
         self.started = 0.0
         self._command = command
         self._environment = environment
+        self._output = output or ProgramOutput(name)
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -42,10 +54,22 @@ class KeptProcess:
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if running and self._process else None
 
+    def children(self) -> int:
+        """How many processes of its own are alive."""
+        pid = self.pid
+        if pid is None:
+            return 0
+        try:
+            found = psutil.Process(pid).children()
+            return sum(child.status() != psutil.STATUS_ZOMBIE for child in found)
+        except psutil.NoSuchProcess:
+            return 0
+
     async def run(self) -> None:
         """Starts it again whenever it dies, later each time, until cancelled; then stops it."""
         deaths = 0
         word = self.name.lower()
+        readers: list[asyncio.Task[None]] = []
         try:
             while True:
                 began = time.monotonic()
@@ -54,9 +78,14 @@ class KeptProcess:
                     sys.executable, "-m", "fedgraft_server.tied", str(os.getpid()),
                     *self._command, env=self._environment,
                     stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
                 )  # fmt: skip
                 LOG.info("%s started", self.name, extra={"action": f"{word}-start"})
+                assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
+                reading = asyncio.create_task(self._output.follow(self._process.stdout))
+                readers.append(reading)  # its children may print when it is dead
                 code = await self._process.wait()
+                readers[:] = [one for one in readers if not one.done()]
                 deaths = 1 if time.monotonic() - began > _SETTLED else deaths + 1
                 delay = min(_MAX_DELAY, 0.5 * 2 ** min(deaths - 1, 10))
                 LOG.error(
@@ -66,6 +95,9 @@ class KeptProcess:
                 await asyncio.sleep(delay)
         finally:
             await self._stop()
+            for one in readers:
+                one.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
 
     async def _stop(self) -> None:
         process = self._process

@@ -32,6 +32,7 @@ HEAD_TIMEOUT: Final = 15.0
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds a client has to read the last answer on a connection."""
 _LOGGED_HANDSHAKES = TokenBucket(rate=1.0, burst=20.0)  # strangers must not fill the disk
+_LOGGED_REQUESTS = TokenBucket(rate=1.0, burst=20.0)
 
 
 class LoggedHandshake(ssl.SSLObject):
@@ -90,6 +91,12 @@ class PeerCertificateProtocol(HttpToolsProtocol):
         if self.transport.is_closing():  # TLS would read on for 30 s, waiting for a farewell
             self.loop.call_later(CLOSE_TIMEOUT, self.transport.abort)
 
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn."""
+        if _LOGGED_REQUESTS.take():
+            LOG.warning("refused a request: %s", msg, extra={"action": "refuse-http"})
+        super().send_400_response(msg)
+
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
@@ -134,7 +141,7 @@ def listener(
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level=logging.WARNING,
+        log_level=logging.ERROR,  # what strangers do wrong is logged here, and not without limit
         access_log=False,
         proxy_headers=False,
         server_header=False,

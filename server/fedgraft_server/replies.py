@@ -98,6 +98,8 @@ class Replies:
         """
         if not isinstance(self._grid, HttpGrid):
             return list(self._grid.pull_messages(request_ids))
+        for name in [n for n, a in self._arriving.items() if a.reply_to not in request_ids]:
+            del self._arriving[name]  # its round is over
         announced = {arriving.reply_to for arriving in self._arriving.values()}
         if awaited := [name for name in request_ids if name not in announced]:
             self._announce(self._grid, awaited)
@@ -151,7 +153,8 @@ class Replies:
             if response.object_found and not response.object_available:
                 return None
             if not response.object_found or get_object_id(response.object_content) != part:
-                log.warning("node %d: its reply was lost on the way", arriving.node)
+                facts = {"action": "lost", "site": arriving.node}
+                log.warning("a reply was lost on the way", extra=facts)
                 del self._arriving[name]
                 return None
             arriving.contents[part] = response.object_content
@@ -167,7 +170,7 @@ class Replies:
         try:
             return self._inflated(name, arriving)
         except MessageError as error:
-            log.warning("node %d: %s", arriving.node, error, extra={"action": "refuse"})
+            log.warning("%s", error, extra={"action": "refuse", "site": arriving.node})
             return arriving.announced
 
     def _inflated(self, name: str, arriving: Arriving) -> Message:

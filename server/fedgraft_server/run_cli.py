@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -168,8 +169,13 @@ def stop(name: RunName, directory: Directory = _HERE) -> None:
 
 
 @logs_app.command()
-def logs(name: RunName, directory: Directory = _HERE) -> None:
+def logs(
+    name: RunName,
+    directory: Directory = _HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
     """Print what a run writes, until it ends."""
+    from fedgraft_common.logs import as_text, read_entry
     from fedgraft_server.continuation import standing
     from fedgraft_server.run_folder import INTERRUPTED, RunFolder
     from fedgraft_server.settings import ServerDirectory
@@ -182,13 +188,24 @@ def logs(name: RunName, directory: Directory = _HERE) -> None:
             states = link.of(folder.name)
             for state in states:
                 if state.id not in printed:
-                    for text in link.logs(state.id):
-                        typer.echo(text, nl=False)
+                    for line in _lines(link.logs(state.id)):
+                        entry = None if as_json else read_entry(line)
+                        typer.echo(line if entry is None else as_text(entry))
                     printed.add(state.id)
             where = standing(folder, states[-1] if states else None)
             if where != INTERRUPTED and all(state.is_over for state in states):
                 return
             time.sleep(1.0)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Whole lines of what comes in pieces."""
+    begun = ""
+    for text in texts:
+        *lines, begun = (begun + text).split("\n")
+        yield from lines
+    if begun:
+        yield begun
 
 
 def _begin(server: ServerDirectory, folder: RunFolder) -> None:

@@ -18,6 +18,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,15 +119,16 @@ class SecureSum:
             open_round = self._collect(setup, number, adapter)
             self._write("secure-round.bin", open_round.save())
         self._unmask(setup, open_round)
+        self._record(setup, open_round)
         try:
             total = open_round.total()
         except AggregationError as error:
-            log.error("round %d is lost: %s", number, error, extra={"round": number})
+            log.error("lost: %s", error, extra={"action": "lose", "round": number})
             self._forget()
             return None
         for holder, dealer in total.wrong:
-            log.warning("round %d: a share of %s's from %s does not fit", number, dealer, holder)
-        self._record(setup, open_round)
+            facts = {"action": "refuse", "round": number, "site": holder}
+            log.warning("a share of %s's does not fit", dealer, extra=facts)
         return total
 
     # -- set-up
@@ -138,6 +140,7 @@ class SecureSum:
         if current is None or not _covers(current.server, number):
             self._setup = current = self._new_set_up(number)
             self._delivered.clear()
+            (self._directory / "secure-round.bin").unlink(missing_ok=True)
             nodes = json.dumps(current.nodes).encode()
             self._write("secure-setup.bin", pack_list([current.server.save(), nodes]))
         return current
@@ -167,28 +170,28 @@ class SecureSum:
                 raise _too_few("set-up", len(server.advertised), terms.needed)
             message = server.close_roster().to_bytes()
             asked = dict.fromkeys(nodes.values(), message)
-            for _, answer in self._ask(SecureStep.SHARE, number, asked):
-                server.add_sharing(Sharing.from_bytes(answer))
+            for node, answer in self._ask(SecureStep.SHARE, number, asked):
+                with _noted(SecureStep.SHARE, number, node):
+                    server.add_sharing(Sharing.from_bytes(answer))
             if server.ready:
-                log.info("secure aggregation of %d sites from round %d", len(nodes), number)
+                facts = {"action": "set-up", "round": number}
+                log.info("secure aggregation of %d sites", len(nodes), extra=facts)
                 return _Setup(server, nodes)
             out |= {nodes[name] for name in server.missing}
-            log.warning("no shares from %s; a new set-up without them", sorted(server.missing))
+            log.warning(
+                "no shares from %s; a new set-up without them", sorted(server.missing),
+                extra={"action": "set-up", "round": number},
+            )  # fmt: skip
         raise _too_few("set-up", len(server.roster) - len(server.missing), len(server.roster))
 
     def _advertise(self, server: SecureServer, number: int, asked: Iterable[int]) -> dict[str, int]:
         message = server.terms.to_bytes()
         nodes: dict[str, int] = {}
         for node, answer in self._ask(SecureStep.ADVERTISE, number, dict.fromkeys(asked, message)):
-            advertisement = Advertisement.from_bytes(answer)
-            if advertisement.site in nodes:
-                continue  # a second node in the same name
-            try:
+            with _noted(SecureStep.ADVERTISE, number, node):
+                advertisement = Advertisement.from_bytes(answer)
                 server.add_advertisement(advertisement)
-            except FedgraftError as error:
-                log.warning("node %d: %s", node, error)
-                continue
-            nodes[advertisement.site] = node
+                nodes.setdefault(advertisement.site, node)
         return nodes
 
     # -- a round
@@ -224,7 +227,8 @@ class SecureSum:
                 opened.add_input(names[node], to_vector(tensors, self._schema))
                 self._delivered.add(node)
             except FedgraftError as error:
-                log.warning("round %d, node %d: %s", number, node, error)
+                facts = {"action": "refuse", "round": number, "site": node}
+                log.warning("%s", error, extra=facts)
                 refused.append(str(error.value))
         if len(opened.inputs) < server.terms.needed:
             told = f" ({', '.join(sorted(set(refused)))})" if refused else ""
@@ -240,10 +244,8 @@ class SecureSum:
         question = closed.close().to_bytes()
         asked = {node: question for name, node in setup.nodes.items() if name not in closed.answers}
         for node, answer in self._ask(SecureStep.UNMASK, closed.number, asked):
-            try:
+            with _noted(SecureStep.UNMASK, closed.number, node):
                 closed.add_answer(Answer.from_bytes(answer))
-            except FedgraftError as error:
-                log.warning("round %d, node %d: %s", closed.number, node, error)
         if not closed.enough:
             raise _too_few(
                 f"answers of round {closed.number}", len(closed.answers), setup.server.terms.needed
@@ -271,11 +273,9 @@ class SecureSum:
         ]
         for reply in self._grid.send_and_receive(requests, timeout=self._plan.rounds.deadline):
             node = reply.metadata.src_node_id
-            try:
+            with _noted(step, number, node):
                 _check_status(number, reply)
                 yield node, read_secure(reply.content.config_records.get(SECURE))
-            except FedgraftError as error:
-                log.warning("%s in round %d, node %d: %s", step, number, node, error)
 
     def _record(self, setup: _Setup, finished: SecureRound) -> None:
         """Adds a round's statements to the transcript."""
@@ -294,6 +294,16 @@ class SecureSum:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self._directory / name, content, self._durable)
+
+
+@contextmanager
+def _noted(step: str, number: int, node: int) -> Iterator[None]:
+    """A site that answers wrongly is logged, and counts as one that did not answer."""
+    try:
+        yield
+    except FedgraftError as error:
+        facts = {"action": "refuse", "round": number, "site": node}
+        log.warning("%s: %s", step, error, extra=facts)
 
 
 def _covers(server: SecureServer, number: int) -> bool:

@@ -25,7 +25,9 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Unregi
 from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from fedgraft_common.errors import ServerError
+from fedgraft_common.logs import AS_JSON
 from fedgraft_server.kept_process import KeptProcess
+from fedgraft_server.program_output import ProgramOutput
 from fedgraft_server.registry import Registry
 from fedgraft_server.settings import ServerDirectory, Settings
 
@@ -54,14 +56,25 @@ class SuperLink:
         context.load_verify_locations(self._directory.ca[0])
         return context
 
-    def processes(self) -> tuple[KeptProcess, KeptProcess]:
-        """SuperLink and SuperExec, not started yet."""
+    def processes(self, registry: Registry) -> tuple[KeptProcess, KeptProcess]:
+        """SuperLink and SuperExec, not started yet; their log lines name sites of the registry."""
+        names: dict[int, str] = {}
+
+        def site_of(node: int) -> str | None:
+            if node not in names:
+                names.update((s.node_id, s.name) for s in registry.sites() if s.node_id)
+            return names.get(node)
+
         self._directory.flower_home.mkdir(mode=0o700, exist_ok=True)
         environment = self.environment(os.environ)
-        return (
-            KeptProcess("SuperLink", self.command(), environment),
-            KeptProcess("SuperExec", self.superexec_command(), environment),
+        carrier, starter = (
+            KeptProcess(name, command, environment, ProgramOutput(name, site_of))
+            for name, command in (
+                ("SuperLink", self.command()),
+                ("SuperExec", self.superexec_command()),
+            )
         )
+        return carrier, starter
 
     def command(self) -> list[str]:
         """The SuperLink's."""
@@ -97,6 +110,7 @@ class SuperLink:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _LOOK_FOR_RUNS,
             "FEDGRAFT_SERVER_DIR": str(self._directory.path),
+            AS_JSON: "1",  # between processes; what people see is decided by `fedgraft server up`
         }
 
 

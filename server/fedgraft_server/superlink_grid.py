@@ -242,7 +242,7 @@ class SuperlinkGrid(Grid):
         for (node, asked), name in zip(owing.items(), self.push_messages(copies), strict=True):
             asked.attempts += 1
             if asked.attempts > 1:
-                log.info("asking node %d again", node, extra={"action": "resend"})
+                log.info("asking node %d again", node, extra={"action": "resend", "site": node})
                 self._replies.forget(node)
             asked.lost = not name
             asked.activation = connected.get(node, "")
@@ -257,12 +257,13 @@ class SuperlinkGrid(Grid):
         if node is None:
             return None
         if reply.has_error():  # made by the SuperLink; a site's own failures are statuses
-            log.info("node %d: %s", node, reply.error.reason, extra={"action": "lost"})
+            log.info("lost: %s", reply.error.reason, extra={"action": "lost", "site": node})
             owing[node].lost = True
             owing[node].ids.discard(name)
             return None
         if reply.metadata.src_node_id != node:
-            log.warning("a reply of node %d came from another", node, extra={"action": "refuse"})
+            facts = {"action": "refuse", "site": node}
+            log.warning("a reply of node %d came from another", node, extra=facts)
             return None
         return node
 
@@ -308,5 +309,5 @@ def _unpacked(reply: Message) -> Message:
             reply.content[ADAPTER] = unpack(adapter)
         except MessageError as error:
             node = reply.metadata.src_node_id
-            log.warning("node %d: %s", node, error, extra={"action": "refuse"})
+            log.warning("%s", error, extra={"action": "refuse", "site": node})
     return reply

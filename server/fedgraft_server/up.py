@@ -64,10 +64,10 @@ async def serve(
     check_own_certificates(directory, now())
     stop, joined = asyncio.Event(), asyncio.Event()
     superlink = SuperLink(directory, settings)
-    carrier, starter = superlink.processes()
     operator_key = directory.operator[0].read_text(encoding="ascii")
     async with contextlib.AsyncExitStack() as stack:
         registry = stack.enter_context(Registry(directory.registry, now))
+        carrier, starter = superlink.processes(registry)
         table = settings.gateway
         sites_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.port)))
         join_socket = stack.enter_context(contextlib.closing(bind(table.bind, table.join_port)))
@@ -166,7 +166,7 @@ async def _continue_runs(
 ) -> None:
     """Lets every run go on that something killed, for as long as the server runs."""
     with Runs(superlink.address, superlink.client_context(), timeout=10.0) as link:
-        continuation = Continuation(directory, link, lambda: starter.started)
+        continuation = Continuation(directory, link, lambda: starter.started, starter.children)
         while True:
             await asyncio.sleep(_TICK)
             try:

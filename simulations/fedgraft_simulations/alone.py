@@ -8,12 +8,12 @@ federated row.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from fedgraft_client.head import LinearHead
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import SiteModel
 from fedgraft_client.site import Site
+from fedgraft_client.task_head import empty_head
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
 
@@ -35,20 +35,30 @@ def train_alone(site: Site, plan: Plan) -> Tensors:
     Returns:
         The adapter.
     """
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     bench.release()  # Opacus' hooks would keep the per-example gradients of every step
-    labels, classes = site.records.labels, len(site.config.classes)
-    features = bench.features(bench.initial, site.cached(bench))
-    zeros = LinearHead(bench.adapted.feature_dim, classes)
-    head = refit_head(features, labels, zeros, ALONE_STIFFNESS)
-    model = SiteModel(bench.prefix, head.requires_grad_(True), bench.device)
+    labels = site.labels(bench)
+    head = fit_alone(site, plan, bench.initial)
+    model = SiteModel(bench.prefix, head.requires_grad_(not head.public), bench.device)
     model.dtype = bench.dtype
     cached = tuple(tensor.to(bench.device) for tensor in site.cached(bench))
-    parameters = [*bench.adapted.adapter.values(), *head.parameters()]
+    parameters = [
+        *bench.adapted.adapter.values(),
+        *(p for p in head.parameters() if p.requires_grad),
+    ]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        functional.cross_entropy(model(*cached), labels.to(bench.device)).backward()
+        head.task.loss(model(*cached), labels.to(bench.device)).mean().backward()
         optimizer.step()
     optimizer.zero_grad()
     return bench.adapted.state()
+
+
+def fit_alone(site: Site, plan: Plan, adapter: Tensors) -> LinearHead:
+    """A head fitted from nothing to a site's own records, for one that stays alone."""
+    bench = site.bench(plan)
+    features = bench.features(adapter, site.cached(bench))
+    start = site.start_head(plan)
+    new = start if start.public else empty_head(start.task, bench.adapted.feature_dim)
+    return refit_head(features, site.labels(bench), new, ALONE_STIFFNESS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,6 +87,7 @@ def audit(
     if verify is not None:
         _verify(verify, auditor)
         return
+    from fedgraft_client.account import read_ledger
     from fedgraft_client.ledger_key import signing_key
     from fedgraft_common.errors import PlanError
     from fedgraft_common.plan import load_plan
@@ -108,7 +110,14 @@ def audit(
         plan = plan.replace({"aggregation.sites": plan.sites.count})
     else:  # the federation says how many sites it has; the rehearsal has as many
         plan = plan.replace({"sites.count": plan.aggregation.sites})
-    directory = out or Path("runs") / (plan.name if chosen else "self-test") / "audit"
+    if ledger is not None:
+        read_ledger(ledger)  # what is none is refused before anything runs
+    about_plan = plan_file is not None or bool(changes) or chosen not in (("ledger",), ())
+    about_plan = about_plan or (chosen == ("ledger",) and ledger is None)
+    directory = (
+        out
+        or Path("runs") / (plan.name if about_plan else "-".join(chosen) or "self-test") / "audit"
+    )
     signer = signing_key(key or Path(typer.get_app_dir("fedgraft")) / "auditor.key", True, False)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="fedgraft-audit-") as scratch:
@@ -116,6 +125,8 @@ def audit(
             plan, chosen, evidence or Path(scratch), ledger, site, self_test, seed, effort, device,
             console,
         )  # fmt: skip
+    if not about_plan:
+        found = replace(found, plan=None, claim=None)
     write_audit(found, directory, signer)
     if as_json:
         typer.echo(json.dumps(found.document(), indent=2, allow_nan=False))
@@ -212,9 +223,10 @@ def _print(found: Audit) -> None:
     console = Console()
     mark = "[bold green]PASS[/]" if found.verdict == "pass" else "[bold red]FAIL[/]"
     console.print(f"{mark}  {headline(found)}", highlight=False)
-    if found.plan is not None:
-        console.print(f"promised   {promise_words(found)[1]}", highlight=False)
-        console.print(f"measured   {measured_words(found)}", highlight=False)
+    if found.parts:
+        if found.plan is not None:
+            console.print(f"promised   {promise_words(found)[1]}", highlight=False)
+            console.print(f"measured   {measured_words(found)}", highlight=False)
         table = Table(box=None, pad_edge=False, show_header=False)
         for part in found.parts:
             table.add_row(part.verdict, part.name, part.summary)
@@ -238,7 +250,9 @@ def _verify(directory: Path, auditor: str | None) -> None:
     from fedgraft_simulations.audit.report import verify_audit
 
     report = verify_audit(directory, auditor)
-    name = report["plan"]["name"] if report["plan"] else "the audit itself"
+    name = report["plan"]["name"] if report["plan"] else (
+        "a ledger" if report["parts"] else "the audit itself"
+    )  # fmt: skip
     typer.echo(f"signature  valid{'' if auditor else ', by the key that the report itself names'}")
     typer.echo(f"audit      {name}, {report['finished']}")
     typer.echo(f"verdict    {report['verdict']}")

@@ -38,7 +38,7 @@ class Bar:
         """A round (or, staying alone, a site) is finished."""
         if accuracy is not None:
             spent = "no DP" if math.isinf(epsilon) else f"epsilon {epsilon:.2f}"
-            self._facts = f"{spent}, accuracy {accuracy:.3f}" if epsilon else f"{accuracy:.3f}"
+            self._facts = f"{spent}, score {accuracy:.3f}" if epsilon else f"{accuracy:.3f}"
         assert self._task is not None  # noqa: S101 - start comes first
         self._progress.update(self._task, completed=number, facts=self._facts)
 
@@ -66,7 +66,10 @@ def simulate(
     ] = 1,
     rows: Annotated[
         str,
-        typer.Option(help="Rows to run: alone-head, alone-adapter, local, distributed, none."),
+        typer.Option(
+            help="Rows to run: alone-head, alone-adapter, local, distributed, none; with all "
+            "records in one place: central, central-none."
+        ),
     ] = "alone-head,alone-adapter,local,distributed,none",
     engine: Annotated[
         str, typer.Option(help="local (in-process) or flower (Ray).", envvar="FEDGRAFT_ENGINE")

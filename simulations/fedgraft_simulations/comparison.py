@@ -7,13 +7,14 @@ researcher only because a simulation owns all sites; in production none of it le
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from fedgraft_common.plan import Plan
 
-MARGIN = 0.005  # differences below half a point of mean accuracy are called equal
+MARGIN = 0.005  # differences below half a point of the mean score are called equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class SiteFacts:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A round of a federated row: mean accuracy over sites before the refit, epsilon so far."""
+    """A round of a federated row: mean score over sites before the refit, epsilon so far."""
 
     round: int
     accuracy: float
@@ -57,8 +58,8 @@ class Row:
         title: for people.
         epsilon: promised to each site; infinite without DP where something leaves, 0 where
             nothing leaves.
-        refit: accuracy per site with the sealed, refitted head.
-        trained: accuracy per site with the head as training left it; empty if there is none.
+        refit: score per site with the sealed, refitted head.
+        trained: score per site with the head as training left it; empty if there is none.
         curve: points over the rounds; empty if there are no rounds.
         bytes_per_round: of tensors one site sends in a round.
         seconds: wall time.
@@ -96,6 +97,7 @@ class Comparison:
         notes: what a reader must know about how this was made (gradient engine, prefix cache,
             in-place sum, simulated noise).
         seconds: wall time of everything.
+        score: which score the rows compare.
     """
 
     plan: Plan
@@ -104,6 +106,7 @@ class Comparison:
     sent: tuple[Tensor, ...]
     notes: tuple[str, ...]
     seconds: float
+    score: str = "accuracy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,12 @@ class Summary:
     refit: float
     trained: float | None
     deviation: float
+
+
+def mean(scores: Iterable[float]) -> float:
+    """Over the sites whose test records allow the score; NaN if none do."""
+    known = [score for score in scores if not math.isnan(score)]
+    return fmean(known) if known else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +146,8 @@ class Study:
         found = []
         for position, row in enumerate(self.comparisons[0].rows):
             rows = [comparison.rows[position] for comparison in self.comparisons]
-            means = [fmean(r.refit) for r in rows]
-            trained = [fmean(r.trained) for r in rows if r.trained]
+            means = [mean(r.refit) for r in rows]
+            trained = [mean(r.trained) for r in rows if r.trained]
             spread = stdev(means) if len(means) > 1 else 0.0
             delta = self.comparisons[0].plan.privacy.delta if 0 < row.epsilon < math.inf else 0.0
             found.append(
@@ -159,8 +168,13 @@ class Study:
         return next((s for s in self.summaries if s.key == key), None)
 
     @property
+    def score(self) -> str:
+        """Which score the rows compare."""
+        return self.comparisons[0].score
+
+    @property
     def gain(self) -> float | None:
-        """Mean accuracy of the plan's mechanism minus the better way to stay alone."""
+        """Mean score of the plan's mechanism minus the better way to stay alone."""
         own = self.summary(self.comparisons[0].plan.privacy.mechanism)
         alone = [s.refit for s in self.summaries if s.key.startswith("alone")]
         return own.refit - max(alone) if own and alone else None
@@ -172,7 +186,7 @@ class Study:
         privacy = self.comparisons[0].plan.privacy
         if gain is None:
             return "The table has no row to compare the plan with."
-        points = f"{abs(gain) * 100:.1f} points of mean accuracy"
+        points = f"{abs(gain) * 100:.1f} points of mean {self.score}"
         if gain > MARGIN:
             promise = "without DP" if privacy.mechanism == "none" else "under DP"
             return f"Federating {promise} pays: {points} above the better way to stay alone."

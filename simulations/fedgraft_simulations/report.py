@@ -31,6 +31,7 @@ from fedgraft_simulations.table import (
     range_words,
     short_title,
     site_lines,
+    title_of,
 )
 
 if TYPE_CHECKING:
@@ -65,9 +66,11 @@ _LOOKS = {
     "local": Look("#000013", "^", 8.5),
     "distributed": Look("#000014", "o", 8),
     "none": Look("#000015", "v", 8.5),
+    "central": Look("#000016", "P", 8),
+    "central-none": Look("#000016", "X", 8),
 }
 _OTHER = Look("#000016", "P", 8)
-_VARIABLES |= {look.colour: f"row-{key}" for key, look in _LOOKS.items()}
+_VARIABLES |= {look.colour: f"row-{key}" for key, look in _LOOKS.items() if "central" not in key}
 _VARIABLES[_OTHER.colour] = "row-other"
 
 
@@ -120,6 +123,7 @@ def _render(study: Study) -> str:
         bytes_chart=_both(study, bytes_chart, "bytes"),
         sites_drawn=min(len(lines), MOST_SITES_DRAWN),
         accuracy_words=accuracy_words,
+        score=title_of(study.score),
         bytes_words=bytes_words,
         delta_words=delta_words,
         epsilon_words=epsilon_words,
@@ -183,7 +187,7 @@ def accuracy_chart(study: Study, width: int) -> Any:
     ticks = [t for t in _round_ticks(last, width) if t <= last]
     axes.set_xticks([*ticks, apart], [*(str(t) for t in ticks), "refit"])
     axes.set_xlabel("round", color=MUTED)
-    _above(axes, "mean accuracy over sites, %")
+    _above(axes, f"mean {study.score} over sites, %")
     _direct_labels(axes, labels, (low, high))
     return figure
 
@@ -258,7 +262,7 @@ def sites_chart(study: Study, width: int) -> Any:
     axes.grid(visible=True, axis="x", color=GRID, linewidth=0.8)
     axes.grid(visible=False, axis="y")
     _percent_ticks(axes.xaxis)
-    axes.set_xlabel("accuracy after refit, %", color=MUTED)
+    axes.set_xlabel(f"{study.score} after refit, %", color=MUTED)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0, 1), ncols=5 if width > 600 else 2, frameon=False,
         labelcolor=INK, handletextpad=0.3, columnspacing=1.6, borderaxespad=0,

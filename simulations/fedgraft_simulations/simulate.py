@@ -23,14 +23,16 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
+from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.errors import CheckpointError, MessageError
 from fedgraft_common.files import write_atomically
 from fedgraft_common.messages import Tensors, TensorSpec
 from fedgraft_common.plan import Mechanism, Plan
 from fedgraft_common.secure_terms import masked_schema
 from fedgraft_server.federation import RoundSummary, server_app
-from fedgraft_simulations.alone import ALONE_STIFFNESS, train_alone
-from fedgraft_simulations.comparison import Comparison, Point, Row, SiteFacts, Tensor
+from fedgraft_simulations.alone import fit_alone, train_alone
+from fedgraft_simulations.centre import Centre, pooled
+from fedgraft_simulations.comparison import Comparison, Point, Row, SiteFacts, Tensor, mean
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.partition import Share
 from fedgraft_simulations.sites import SimulatedSites
@@ -42,7 +44,11 @@ TITLES: dict[str, str] = {
     "local": "federated, local mechanism",
     "distributed": "federated, distributed mechanism",
     "none": "federated, no DP",
+    "central": "pooled, DP",
+    "central-none": "pooled, no DP",
 }
+DEFAULT_ROWS = ("alone-head", "alone-adapter", "local", "distributed", "none")
+"""The last two rows pool all records in one place: upper bounds, which no federation has."""
 CURVE_POINTS = 12
 
 
@@ -68,17 +74,28 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A simulated site and what it is measured on."""
+    """A simulated site and what it is measured on.
+
+    Attributes:
+        site: trains.
+        share: its records.
+        bench: its model, shared by all sites whose heads take the same features.
+        test: what the prefix keeps of the test records; the same object at every site that is
+            measured on the same records.
+        labels: of the test records.
+    """
 
     site: Site
     share: Share
+    bench: Workbench
     test: Cached
+    labels: torch.Tensor
 
 
 def simulate(
     plan: Plan,
     directory: Path,
-    rows: tuple[str, ...] = tuple(TITLES),
+    rows: tuple[str, ...] = DEFAULT_ROWS,
     engine: Engine = "local",
     device: str = "auto",
     progress: Progress | None = None,
@@ -102,13 +119,15 @@ def simulate(
     _refuse_other_data(plan, directory / "data.json")
     sites = SimulatedSites(plan, directory / "sites", device)
     measured = _measured(sites, plan)
-    run = _Run(plan, directory, sites, measured, engine, progress or Silent())
+    run = _Run(plan, directory, sites, measured, engine, device, progress or Silent())
     for key in rows:  # refuse a row that cannot run before the first one runs
-        if not key.startswith("alone"):
+        if key.startswith("central"):
+            run.centre(key)
+        elif not key.startswith("alone"):
             for m in measured:
                 m.site.step(variant(plan, key))  # type: ignore[arg-type]
     table = tuple(run.row(key) for key in rows)
-    bench = measured[0].site.runtime.workbench(plan)
+    bench = measured[0].bench
     return Comparison(
         plan=plan,
         sites=tuple(_facts(m, plan) for m in measured),
@@ -116,6 +135,7 @@ def simulate(
         sent=tuple(Tensor(s.name, s.shape, s.dtype, s.bytes) for s in _sent(plan, bench)),
         notes=_notes(plan, bench, engine),
         seconds=time.perf_counter() - started,
+        score=run.score,
     )
 
 
@@ -137,10 +157,15 @@ def _refuse_other_data(plan: Plan, file: Path) -> None:
 
 
 def _measured(sites: SimulatedSites, plan: Plan) -> list[Measured]:
+    caches: dict[tuple[int, int], Cached] = {}  # a test set that all sites share is cached once
     found = []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
-        bench = site.runtime.workbench(plan)
-        found.append(Measured(site, share, bench.cache(share.test.inputs)))
+        bench = site.bench(plan)
+        key = id(bench), id(share.test.inputs)
+        if key not in caches:
+            caches[key] = bench.cache(share.test.inputs)
+        labels = aligned(site.task(plan), share.test, bench.adapted.backbone)
+        found.append(Measured(site, share, bench, caches[key], labels))
     return found
 
 
@@ -154,8 +179,12 @@ class _Run:
         sites: SimulatedSites,
         measured: list[Measured],
         engine: Engine,
+        device: str,
         progress: Progress,
     ) -> None:
+        self.device = device
+        self._centres: dict[str, Centre] = {}
+        self._names: set[str] = set()
         self.plan = plan
         self.directory = directory
         self.sites = sites
@@ -170,6 +199,8 @@ class _Run:
             row = self._alone(key, adapt=False)
         elif key == "alone-adapter":
             row = self._alone(key, adapt=True)
+        elif key.startswith("central"):
+            row = self._central(key)
         else:
             row = self._federated(key)  # type: ignore[arg-type]
         return Row(
@@ -181,12 +212,43 @@ class _Run:
         self.progress.start(TITLES[key], len(self.measured))
         scores = []
         for number, m in enumerate(self.measured, start=1):
-            bench = m.site.runtime.workbench(self.plan)
-            adapter = train_alone(m.site, self.plan) if adapt else bench.initial
-            head = refit(m.site, bench, adapter)
-            scores.append(accuracy(bench, adapter, head, m.test, m.share.test.labels))
-            self.progress.round(number, 0.0, sum(scores) / len(scores))
+            adapter = train_alone(m.site, self.plan) if adapt else m.bench.initial
+            head = fit_alone(m.site, self.plan, adapter)
+            scores.append(self._score(m, head, m.bench.features(adapter, m.test)))
+            self.progress.round(number, 0.0, mean(scores))
         return Row(key, TITLES[key], 0.0, tuple(scores))
+
+    @property
+    def score(self) -> str:
+        """Which score the rows compare: one for all sites, or each task's own."""
+        return next(iter(self._names)) if len(self._names) == 1 else "score"
+
+    def centre(self, key: str) -> Centre:
+        """One place that holds every site's records, and the plan it trains under."""
+        if key not in self._centres:
+            shares = [m.share for m in self.measured]
+            self._centres[key] = pooled(self.plan, key, shares, self.directory, self.device)
+        return self._centres[key]
+
+    def _central(self, key: str) -> Row:
+        centre = self.centre(key)
+        plan, site = centre.plan, centre.site
+        self.progress.start(TITLES[key], plan.rounds.count)
+
+        def on_round(summary: RoundSummary) -> None:
+            self.progress.round(summary.number, float("nan"), None)
+
+        adapter = self._carry(plan, self.directory / key, on_round, centre)
+        head = site.trained_head(plan)
+        features = self._test_features(adapter)
+        trained = [self._score(m, head, features[id(m.test)]) for m in self.measured]
+        refitted = []
+        for m in self.measured:
+            own = m.bench.features(adapter, m.site.cached(m.bench))
+            fitted = refit_head(own, m.site.labels(m.bench), head)
+            refitted.append(self._score(m, fitted, features[id(m.test)]))
+        epsilon = site.step(plan).epsilon(plan.privacy.delta)
+        return Row(key, TITLES[key], epsilon, tuple(refitted), tuple(trained))
 
     def _federated(self, mechanism: Mechanism) -> Row:
         plan = variant(self.plan, mechanism)
@@ -203,29 +265,32 @@ class _Run:
                 return
             spent = worst.epsilon(plan.privacy.delta, summary.number * plan.training.local_steps)
             scores = self._trained_scores(plan, summary.adapter)
-            curve.append(Point(summary.number, sum(scores) / len(scores), spent))
+            curve.append(Point(summary.number, mean(scores), spent))
             document = json.dumps([asdict(point) for point in curve])
             write_atomically(server / "curve.json", document.encode(), durable=False)
             self.progress.round(summary.number, spent, curve[-1].accuracy)
 
         adapter = self._carry(plan, server, on_round)
         trained = self._trained_scores(plan, adapter)
-        refitted = []
-        for m in self.measured:
-            head = m.site.refit(plan, adapter)
-            bench = m.site.runtime.workbench(plan)
-            refitted.append(accuracy(bench, adapter, head, m.test, m.share.test.labels))
+        features = self._test_features(adapter)
+        refitted = [
+            self._score(m, m.site.refit(plan, adapter), features[id(m.test)]) for m in self.measured
+        ]
         epsilon = worst.epsilon(plan.privacy.delta)
-        size = sum(s.bytes for s in _sent(plan, self.measured[0].site.runtime.workbench(plan)))
+        size = sum(s.bytes for s in _sent(plan, self.measured[0].bench))
         return Row(
             mechanism, TITLES[mechanism], epsilon, tuple(refitted), tuple(trained),
             tuple(curve), size,
         )  # fmt: skip
 
     def _carry(
-        self, plan: Plan, directory: Path, on_round: Callable[[RoundSummary], None]
+        self,
+        plan: Plan,
+        directory: Path,
+        on_round: Callable[[RoundSummary], None],
+        centre: Centre | None = None,
     ) -> Tensors:
-        """Runs the federation over the chosen grid."""
+        """Runs the federation over the chosen grid, or one place that has all records."""
         final: list[Tensors] = []
 
         def note(summary: RoundSummary) -> None:
@@ -233,14 +298,15 @@ class _Run:
             on_round(summary)
 
         server = server_app(plan, directory, note, durable=False, trust=self.sites.trust)
-        app = client_app(self.sites)
-        if self.engine == "flower":
+        app = client_app(centre or self.sites)
+        if self.engine == "flower" and centre is None:
             from fedgraft_simulations.ray_engine import run_on_ray
 
             run_on_ray(server, app, plan.sites.count)
         else:
             try:
-                server(LocalGrid(app, plan.sites.count), local_context(0, 1))
+                count = 1 if centre else plan.sites.count
+                server(LocalGrid(app, count), local_context(0, 1))
             except MessageError as error:
                 raise self._cause(error) from None
         if not final:  # resumed after its last round
@@ -257,17 +323,31 @@ class _Run:
         return next((reason for reason in own if reason is not None), error)
 
     def _trained_scores(self, plan: Plan, adapter: Tensors) -> list[float]:
-        """Accuracy per site with the head that the federation left there."""
-        bench = self.measured[0].site.runtime.workbench(plan)
-        sizes = [len(m.share.test) for m in self.measured]
-        everything = tuple(
-            torch.cat(parts) for parts in zip(*(m.test for m in self.measured), strict=True)
-        )
-        features = bench.features(adapter, everything).split(sizes)
+        """The score at each site with the head that the federation left there."""
+        features = self._test_features(adapter)
         return [
-            correct_share(m.site.trained_head(plan), f, m.share.test.labels)
-            for m, f in zip(self.measured, features, strict=True)
+            self._score(m, m.site.trained_head(plan), features[id(m.test)]) for m in self.measured
         ]
+
+    def _test_features(self, adapter: Tensors) -> dict[int, torch.Tensor]:
+        """Features of every test set under an adapter, by the identity of what is cached of it."""
+        found: dict[int, torch.Tensor] = {}
+        for bench in {id(m.bench): m.bench for m in self.measured}.values():
+            own = {id(m.test): m.test for m in self.measured if m.bench is bench}
+            together = tuple(torch.cat(parts) for parts in zip(*own.values(), strict=True))
+            sizes = [len(test[0]) for test in own.values()]
+            parts = bench.features(adapter, together).split(sizes)
+            found |= dict(zip(own, parts, strict=True))
+        return found
+
+    def _score(self, m: Measured, head: LinearHead, features: torch.Tensor) -> float:
+        """The score that the table compares, on a site's test records."""
+        with torch.no_grad():
+            scores = head.task.scores(head.cpu()(features), m.labels)
+        wanted = self.plan.data.score
+        name = wanted if wanted in scores else head.task.primary
+        self._names.add(name)
+        return scores[name]
 
 
 def variant(plan: Plan, mechanism: Mechanism) -> Plan:
@@ -276,29 +356,6 @@ def variant(plan: Plan, mechanism: Mechanism) -> Plan:
         return plan
     changes = getattr(plan.comparison, mechanism)
     return plan.replace({"privacy.mechanism": mechanism, **changes})
-
-
-def refit(site: Site, bench: Workbench, adapter: Tensors) -> LinearHead:
-    """A head fitted from nothing, for a site that stays alone."""
-    features = bench.features(adapter, site.cached(bench))
-    zeros = LinearHead(bench.adapted.feature_dim, len(site.config.classes))
-    return refit_head(features, site.records.labels, zeros, ALONE_STIFFNESS)
-
-
-def accuracy(
-    bench: Workbench, adapter: Tensors, head: LinearHead, cached: Cached, labels: torch.Tensor
-) -> float:
-    """Share of records classified correctly."""
-    return correct_share(head, bench.features(adapter, cached), labels)
-
-
-def correct_share(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -> float:
-    """scikit-learn's accuracy of a head on features (N, D)."""
-    from sklearn.metrics import accuracy_score
-
-    with torch.no_grad():
-        found = head.cpu()(features).argmax(dim=1)
-    return float(accuracy_score(labels.numpy(), found.numpy()))
 
 
 def _curve_rounds(count: int) -> set[int]:

@@ -86,7 +86,9 @@ def _sites(key: str, directory: Path, device: str) -> tuple[Site, ...]:
         members = {name: Membership(mine, lambda: trust) for name, mine in keys.items()}
     return tuple(
         Site(
-            SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True),
+            SiteConfig(
+                share.name, share.classes, share.train.unit_count, simulated=True, task=share.spec
+            ),
             share.train,
             runtime,
             SiteStore(directory / share.name, durable=False, unit=unit),

@@ -26,6 +26,8 @@ SHORT_TITLES = {
     "local": "local",
     "distributed": "distributed",
     "none": "no DP",
+    "central": "pooled, DP",
+    "central-none": "pooled",
 }
 NOT_APPLICABLE = "–"
 
@@ -90,6 +92,11 @@ def extent(values: Iterable[float]) -> Range:
 def short_title(row: Row | Summary) -> str:
     """What a row is called where there is little room."""
     return SHORT_TITLES.get(row.key, row.title)
+
+
+def title_of(score: str) -> str:
+    """A score's name at the start of a sentence."""
+    return score[:1].upper() + score[1:]
 
 
 def percent(share: float | None) -> str:
@@ -228,7 +235,7 @@ def summary_table(study: Study) -> Table:
     """The rows of a study: accuracy, epsilon and delta, in at most 80 columns."""
     seeds = len(study.comparisons)
     plan = study.comparisons[0].plan
-    caption = "> the plan's mechanism. Accuracy in %, mean over sites"
+    caption = f"> the plan's mechanism. {title_of(study.score)} in %, mean over sites"
     caption += (
         f" and {seeds} seeds, ± standard deviation over seeds." if seeds > 1 else "; one seed."
     )
@@ -258,7 +265,8 @@ def site_table(study: Study) -> Table:
         f"epsilon at delta {delta_words(plan.privacy.delta)}"
     )  # fmt: skip
     caption = (
-        f"Accuracy after the sealed refit, in %; {promise}; q and sigma of the plan's mechanism."
+        f"{title_of(study.score)} after the sealed refit, in %; {promise}; q and sigma of the "
+        "plan's mechanism."
     )
     table = _table(f"Plan {plan.name}: sites", caption, gap=1)
     table.add_column("site", overflow="fold")

@@ -35,6 +35,7 @@ from fedgraft_client.opening import open_site  # noqa: E402
 from fedgraft_client.policy import Policy  # noqa: E402
 from fedgraft_client.runtime import Runtime, Workbench  # noqa: E402
 from fedgraft_client.training import train_round  # noqa: E402
+from fedgraft_common.features import FeatureKind  # noqa: E402
 from fedgraft_common.mechanism import step_noise  # noqa: E402
 from fedgraft_common.messages import Status, to_record  # noqa: E402
 from fedgraft_common.plan import Plan, load_plan  # noqa: E402
@@ -86,7 +87,11 @@ def answer(home: Path, rounds: int, kill: int | None, distinct: bool, bench: Wor
 
     site_module.train_round = touched  # type: ignore[attr-defined]
     plan = load_plan(home / "plan.toml")
-    Runtime.workbench = lambda self, plan: bench  # type: ignore[method-assign]
+
+    def workbench(self: Runtime, plan: Plan, features: FeatureKind = "pooled") -> Workbench:
+        return bench
+
+    Runtime.workbench = workbench  # type: ignore[method-assign]
     sys.settrace(trace)
     try:
         site = open_site(home / "site.toml")

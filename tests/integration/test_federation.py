@@ -1,54 +1,60 @@
-"""A real federation on loopback: server, gateway, daemons, one plan from signature to refit."""
+"""Real federations on loopback: server, gateway, daemons; runs from signature to final adapter."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fedgraft_client.account import read_ledger, verify
+from fedgraft_client.entry import Kind
 from fedgraft_common.errors import ServerError
+from fedgraft_common.files import load_tensors, save_tensors
+from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan, load_plan
+from fedgraft_server.run_folder import RunFolder
 from fedgraft_simulations.cli import PLANS
-from fedgraft_simulations.federation.processes import Federation
+from fedgraft_simulations.federation.processes import Federation, free_ports
+from fedgraft_simulations.federation.reference import EXPORT, undisturbed
 from fedgraft_simulations.partition import partition
 from fedgraft_simulations.simulate import simulate
 
-ROUNDS = 6
+ROUNDS = 4
+NAMES = ("branch-00", "branch-01", "branch-02")
+EAST = NAMES[1:]
+CHOOSY = "branch-02"
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return load_plan(
         PLANS / "digits.toml",
-        [
-            "sites.count=2", "aggregation.sites=2", "aggregation.minimum_sites=2",
-            f"rounds.count={ROUNDS}", "privacy.mechanism=local",
-        ],
+        ["sites.count=3", "aggregation.minimum_sites=2", f"rounds.count={ROUNDS}",
+         "privacy.mechanism=local"],
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def federation(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Three sites, two of them in the group `east`; one answers plans of certain names only."""
     with Federation(tmp_path_factory.mktemp("real") / "federation", plan) as made:
         made.start_server()
         for share in partition(plan):
-            made.join(share.name, share.classes, share.train.unit_count, plan)
+            made.join(share, plan, ["all", "east"] if share.name in EAST else ["all"])
+            if share.name == CHOOSY:
+                with (made.directory / share.name / "site.toml").open("a") as file:
+                    file.write('tasks = ["*[!y]"]\n')
             made.start_site(share.name)
         yield made
-
-
-@pytest.fixture(scope="module")
-def expected(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The adapter of the same plan in a simulation."""
-    directory = tmp_path_factory.mktemp("simulated")
-    simulate(plan, directory, ("local",))
-    return load_file(directory / "local" / "adapter" / "adapter_model.safetensors")
 
 
 def until(done: Callable[[], bool], seconds: float, federation: Federation) -> None:
@@ -57,97 +63,297 @@ def until(done: Callable[[], bool], seconds: float, federation: Federation) -> N
         if time.monotonic() > end:
             logs = "\n".join(f"{n}: {federation.log(n)[-2000:]}" for n in federation.processes)
             raise AssertionError(f"not within {seconds} s\n{logs}")
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
-def start(federation: Federation, *options: str) -> str:
-    """Starts the plan's run as soon as the SuperLink knows the sites; returns its name."""
+def start(federation: Federation, plan: Plan, *options: str) -> RunFolder:
+    """`fedgraft run`, as soon as the SuperLink knows the sites."""
+    file = federation.directory / f"{plan.name}.json"
+    file.write_text(plan.model_dump_json())
     printed: list[str] = []
 
     def started() -> bool:
         try:
-            printed.append(federation.fedgraft("run", str(federation.plan_file), *options))
+            printed.append(federation.fedgraft("run", str(file), *options))
         except ServerError as error:
             if "SuperLink" not in str(error):
                 raise
         return bool(printed)
 
     until(started, 60, federation)
-    return printed[0].split()[1]
+    return RunFolder(federation.server / "runs" / printed[0].split()[1])
 
 
-def state(federation: Federation, run: str) -> dict[str, object]:
-    rows = json.loads(federation.fedgraft("runs", "--json"))
-    return next(row for row in rows if row["run"] == run)
+def of_sites(plan: Plan, count: int) -> Plan:
+    """As `fedgraft run` signs it: how many sites take part is part of a plan."""
+    return plan.replace({"aggregation.sites": count})
 
 
-def adapter_of(federation: Federation, run: str) -> dict[str, torch.Tensor]:
-    return load_file(federation.server / "runs" / run / "adapter" / "adapter_model.safetensors")
+def completed(federation: Federation, *folders: RunFolder) -> None:
+    until(lambda: all(f.outcome is not None for f in folders), 240, federation)
+    assert [f.outcome.word for f in folders if f.outcome] == ["completed"] * len(folders)
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.allclose(one[n], t, rtol=0, atol=1e-6) for n, t in other.items()
-    )
+def assert_same(folder: RunFolder, expected: Tensors) -> None:
+    found = load_file(folder.path / EXPORT)
+    assert found.keys() == expected.keys()
+    assert max(float(t.abs().max()) for t in expected.values()) > 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
+
+
+def answered(federation: Federation, name: str, folder: RunFolder) -> list[int]:
+    """The rounds of a run that a site has committed, in order; its ledger is whole."""
+    ledger = federation.directory / name / "home" / "records" / "ledger.sqlite3"
+    entries = read_ledger(ledger)
+    assert verify(entries, 1e-5, ledger.with_name("ledger.witness")).faults == ()
+    mine = {
+        e.seq: int(e.body["round"]) for e in entries
+        if e.kind is Kind.RESERVE and e.body["plan"] == folder.plan.hash
+    }  # fmt: skip
+    done = [e.body["reserve"] for e in entries if e.kind is Kind.COMMIT]
+    return [mine[number] for number in done if number in mine]
+
+
+def listed(federation: Federation, folder: RunFolder) -> dict[str, object]:
+    rows: list[dict[str, object]] = json.loads(federation.fedgraft("runs", "--json"))
+    return next(row for row in rows if row["run"] == folder.name)
 
 
 @pytest.mark.timeout(600)
-def test_real_processes_give_the_simulations_adapter(
-    federation: Federation, plan: Plan, expected: dict[str, torch.Tensor]
+def test_runs_at_once_and_afterwards_do_not_disturb_each_other(
+    federation: Federation, plan: Plan, tmp_path: Path
 ) -> None:
-    """And survive a SIGKILL of a site and of the whole server on the way."""
-    run = start(federation)
-    until(lambda: int(str(state(federation, run)["round"])) >= 1, 120, federation)
-    federation.processes["branch-01"].send_signal(signal.SIGKILL)
-    federation.processes["branch-01"].wait()
-    federation.start_site("branch-01")
-    until(lambda: int(str(state(federation, run)["round"])) >= 3, 180, federation)
-    federation.processes["server"].send_signal(signal.SIGKILL)
-    federation.processes["server"].wait()
-    federation.start_server()
+    """One site is in both; each run addresses its own sites only."""
+    at_once = [
+        (plan.replace({"name": "named"}), NAMES[:2], ["--site", NAMES[0], "--site", NAMES[1]]),
+        (plan.replace({"name": "group"}), EAST, ["--group", "east"]),
+    ]
+    folders = [start(federation, p, *options) for p, _, options in at_once]
+    completed(federation, *folders)
+    assert len({folder.worker for folder in folders}) == 2
+    afterwards = [plan, plan.replace({"name": "choosy"})]
+    last, refused = (start(federation, p) for p in afterwards)
+    completed(federation, last, refused)
+    for folder, (asked, names, _) in zip(folders, at_once, strict=True):
+        assert_same(folder, undisturbed(of_sites(asked, 2), tmp_path / folder.name, names))
+        for name in NAMES:
+            rounds = list(range(1, ROUNDS + 1)) if name in names else []
+            assert answered(federation, name, folder) == rounds
+    simulate(of_sites(plan, 3), tmp_path / "simulated", ("local",))
+    assert_same(last, load_file(tmp_path / "simulated" / "local" / EXPORT))
+    log = federation.fedgraft("logs", last.name)
+    assert re.findall(r"round (\d+): 3 updates", log) == [str(n + 1) for n in range(ROUNDS)]
+    state = listed(federation, last)
+    assert (state["state"], state["round"], state["sites"]) == ("completed", ROUNDS, [*NAMES])
 
-    def ended() -> bool:
-        try:
-            now = state(federation, run)
-            if now["state"] in ("failed", "stopped"):
-                federation.fedgraft("resume", run)
-            return now["state"] == "completed"
-        except ServerError:
-            return False  # the server is starting
-
-    until(ended, 240, federation)
-    assert same(adapter_of(federation, run), expected)
-    finals = list(federation.directory.glob("branch-*/home/records/*/final.safetensors"))
-    assert len(finals) == 2
-    for ledger in federation.directory.glob("branch-*/home/records/ledger.sqlite3"):
-        found = verify(read_ledger(ledger), 1e-5, ledger.with_name("ledger.witness"))
-        assert found.faults == ()
-        commits = [e for e in read_ledger(ledger) if e.kind.value == "commit"]
-        assert len(commits) == ROUNDS
+    # A plan outside a site's policy: that site says one word, and the others go on without it.
+    two = undisturbed(of_sites(afterwards[1], 3), tmp_path / "two", NAMES[:2])
+    assert_same(refused, two)
+    assert answered(federation, CHOOSY, refused) == []
+    assert (
+        f'fedgraft_server_updates_total{{status="refused-policy"}} {ROUNDS}.0'
+        in (refused.path / "metrics.prom").read_text()
+    )
+    assert "plan: name: found 'choosy'" in federation.log(CHOOSY)
 
 
 @pytest.mark.timeout(120)
-def test_the_same_plan_is_not_run_twice(federation: Federation) -> None:
+def test_what_fedgraft_run_refuses(federation: Federation, plan: Plan) -> None:
+    file = str(federation.plan_file)
     with pytest.raises(ServerError, match="a plan that was not run here yet"):
-        federation.fedgraft("run", str(federation.plan_file))
-
-
-@pytest.mark.timeout(120)
-def test_a_run_needs_its_sites(federation: Federation) -> None:
+        start(federation, plan)
     with pytest.raises(ServerError, match="one of: branch-00, branch-01"):
-        federation.fedgraft("run", str(federation.plan_file), "--site", "branch-09")
-    with pytest.raises(ServerError, match=r"aggregation\.sites"):
-        federation.fedgraft(
-            "run", str(federation.plan_file), "--site", "branch-00",
-            "--set", "aggregation.minimum_sites=1", "--set", "name=alone",
-        )  # fmt: skip
+        federation.fedgraft("run", file, "--site", "branch-09")
+    with pytest.raises(ServerError, match="one of: all, east"):
+        federation.fedgraft("run", file, "--group", "west")
+    with pytest.raises(ServerError, match=r"aggregation\.minimum_sites"):
+        federation.fedgraft("run", file, "--site", "branch-00", "--set", "name=alone")
+    assert not [f for f in RunFolder.all(federation.server / "runs") if "alone" in f.name]
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_run_stays_stopped_and_what_is_altered_meanwhile_is_refused(
+    federation: Federation, plan: Plan, tmp_path: Path
+) -> None:
+    """By whoever has the server, but not the operator's key or the sites' goodwill."""
+    long = plan.replace({"name": "stopped", "rounds.count": 30})
+    folder = start(federation, long, "--group", "east")
+    until(lambda: folder.round >= 2, 120, federation)
+    assert federation.fedgraft("stop", folder.name) == f"stopped     {folder.name}\n"
+    until(lambda: not folder.is_worked_on(), 60, federation)
+    reached = folder.round
+    time.sleep(2)  # several looks of the server at its runs
+    assert (folder.round, listed(federation, folder)["state"]) == (reached, "stopped")
+    with pytest.raises(ServerError, match="a run that is under way"):
+        federation.fedgraft("stop", folder.name)
+
+    kept = Path(shutil.copytree(folder.path, tmp_path / "kept"))
+    before = [answered(federation, name, folder) for name in EAST]
+    alter_plan(folder)
+    assert "(refused-plan)" in failure(federation, folder)
+    assert "plan: signature" in federation.log(EAST[0])
+    restore(kept, folder)
+    alter_adapter(folder, float("nan"))
+    assert "(refused-message)" in failure(federation, folder)
+    restore(kept, folder)
+    alter_adapter(folder, 1e30)
+    assert "(refused-message)" in failure(federation, folder)
+    assert listed(federation, folder)["state"] == "failed"
+    restore(kept, folder)
+    assert [answered(federation, name, folder) for name in EAST] == before
+
+    federation.fedgraft("resume", folder.name)
+    with pytest.raises(ServerError, match="a run that has ended"):
+        federation.fedgraft("resume", folder.name)
+    completed(federation, folder)
+    assert_same(folder, undisturbed(of_sites(long, 2), tmp_path / "reference", EAST))
+    log = federation.fedgraft("logs", folder.name)  # of both halves
+    finished = [int(number) for number in re.findall(r"round (\d+): 2 updates", log)]
+    assert finished == sorted(set(finished))
+    assert min(finished) <= reached < max(finished)
+
+
+def alter_plan(folder: RunFolder) -> None:
+    """Under the signature of the old one; the checkpoints would be of another plan."""
+    facts = folder.facts
+    folder.write(replace(facts, plan={**facts.plan, "seed": 7}))
+    for checkpoint in folder.path.glob("round-*"):
+        checkpoint.unlink()
+
+
+def alter_adapter(folder: RunFolder, value: float) -> None:
+    """One value of the newest checkpoint, with a digest to match."""
+    path = max(folder.path.glob("round-*"))
+    tensors, facts = load_tensors(path)
+    name = min(name for name, t in tensors.items() if t.is_floating_point())
+    tensors[name].view(-1)[0] = value
+    save_tensors(path, tensors, facts)
+
+
+def failure(federation: Federation, folder: RunFolder) -> str:
+    """Why the run fails when it is resumed."""
+    federation.fedgraft("resume", folder.name)
+    until(lambda: folder.outcome is not None, 120, federation)
+    assert folder.outcome is not None and folder.outcome.word == "failed"
+    until(lambda: not folder.is_worked_on(), 60, federation)
+    return folder.outcome.reason
+
+
+def restore(kept: Path, folder: RunFolder) -> None:
+    for file in folder.path.glob("round-*"):
+        file.unlink()
+    shutil.copytree(kept, folder.path, dirs_exist_ok=True)
+
+
+@pytest.mark.timeout(300)
+def test_a_site_that_was_away_for_many_rounds_comes_back(
+    federation: Federation, plan: Plan
+) -> None:
+    """Frozen, so that it says no goodbye and its connections stay open, and rounds go on."""
+    long = plan.replace({"name": "away", "rounds.count": 12, "rounds.deadline": 3.0})
+    folder = start(federation, long)
+    until(lambda: folder.round >= 1, 120, federation)
+    federation.processes["branch-00"].send_signal(signal.SIGSTOP)
+    frozen = folder.round
+    until(lambda: folder.round >= frozen + 4, 120, federation)
+    federation.processes["branch-00"].send_signal(signal.SIGCONT)
+    completed(federation, folder)
+    rounds = answered(federation, "branch-00", folder)
+    assert rounds == sorted(set(rounds))
+    assert rounds[-1] == folder.round, "it came back before the end"
+    assert 0 < len(rounds) <= folder.round - 3
+    assert answered(federation, "branch-01", folder) == list(range(1, folder.round + 1))
+    final = federation.directory / "branch-00" / "home" / "records" / folder.plan.hash
+    until((final / "final.safetensors").exists, 30, federation)
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_moved_continues_its_runs(
+    federation: Federation, plan: Plan, tmp_path: Path
+) -> None:
+    """Killed, its directory copied elsewhere, other ports: as the operator's guide says."""
+    long = plan.replace({"name": "moved", "rounds.count": 30})
+    folder = start(federation, long, "--group", "east")
+    until(lambda: folder.round >= 2, 120, federation)
+    federation.processes["server"].kill()
+    federation.processes["server"].wait()
+    until(lambda: not folder.is_worked_on(), 30, federation)
+    reached = folder.round
+    assert reached < 30
+    moved = Path(shutil.copytree(federation.server, tmp_path / "elsewhere"))
+    federation.server.rename(tmp_path / "gone")
+    move_ports(moved / "federation.toml", free_ports(4))
+    federation.server = moved
+    federation.start_server()
+    for name in NAMES:
+        federation.processes[name].terminate()
+        federation.processes[name].wait(60)
+        facts = federation.directory / name / "home" / "identity" / "federation.json"
+        facts.write_text(readdressed(facts.read_text(), moved / "federation.toml"))
+        federation.start_site(name)
+    folder = RunFolder(moved / "runs" / folder.name)
+    completed(federation, folder)
+    assert_same(folder, undisturbed(of_sites(long, 2), tmp_path / "reference", EAST))
+    for name in EAST:
+        assert answered(federation, name, folder) == list(range(1, 31))
+
+
+def move_ports(settings: Path, first: int) -> None:
+    """Other ports, in the order of the file."""
+    text, offset = settings.read_text(), iter(range(4))
+    settings.write_text(
+        re.sub(r"^((?:join_)?port) = \d+", lambda m: f"{m[1]} = {first + next(offset)}", text,
+               flags=re.MULTILINE)
+    )  # fmt: skip
+
+
+def readdressed(facts: str, settings: Path) -> str:
+    """A site's federation.json with the addresses of the server's new settings."""
+    import tomllib
+
+    tables = tomllib.loads(settings.read_text())
+    document = json.loads(facts)
+    for key in ("gateway", "backbone"):
+        host = document[key].rpartition(":")[0]
+        document[key] = f"{host}:{tables[key]['port']}"
+    return json.dumps(document)
 
 
 @pytest.mark.timeout(180)
-def test_sites_drain_on_sigterm(federation: Federation) -> None:
-    process = federation.processes["branch-00"]
-    process.terminate()
-    assert process.wait(60) == 0
-    status = json.loads((federation.directory / "branch-00" / "home" / "status.json").read_text())
-    assert status["state"] == "stopped"
-    federation.start_site("branch-00")
+def test_a_round_is_abandoned_at_the_second_interrupt(federation: Federation, plan: Plan) -> None:
+    """What it had reserved stays spent, and the site starts again."""
+    changes = {"name": "long", "rounds.count": 1, "training.local_steps": 20_000}
+    folder = start(
+        federation, plan.replace({**changes, "aggregation.minimum_sites": 1}), "--site", EAST[0]
+    )
+    status = federation.directory / EAST[0] / "home" / "status.json"
+    until(lambda: json.loads(status.read_text())["state"] == "working", 60, federation)
+    ledger = federation.directory / EAST[0] / "home" / "records" / "ledger.sqlite3"
+    until(lambda: read_ledger(ledger)[-1].kind is Kind.RESERVE, 60, federation)
+    site = federation.processes[EAST[0]]
+    site.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert site.poll() is None  # it wants to finish the round
+    assert json.loads(status.read_text())["draining"]
+    site.send_signal(signal.SIGINT)
+    assert site.wait(30) == 130
+    assert json.loads(status.read_text())["state"] == "stopped"
+    entries = read_ledger(ledger)
+    last = entries[-1]
+    assert (last.kind, last.body["plan"], last.body["steps"]) == (
+        Kind.RESERVE, folder.plan.hash, 20_000
+    )  # fmt: skip
+    assert verify(entries, 1e-5, ledger.with_name("ledger.witness")).reserved >= 1
+    federation.fedgraft("stop", folder.name)
+    federation.start_site(EAST[0])
+    until(lambda: json.loads(status.read_text())["state"] == "waiting", 60, federation)
+
+
+@pytest.mark.timeout(180)
+def test_sites_drain(federation: Federation) -> None:
+    for name, number in zip(NAMES[:2], (signal.SIGTERM, signal.SIGINT), strict=True):
+        federation.processes[name].send_signal(number)
+        assert federation.processes[name].wait(60) == 0
+        status = federation.directory / name / "home" / "status.json"
+        assert json.loads(status.read_text())["state"] == "stopped"

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file
 
 from fedgraft_client.account import read_ledger, verify
-from fedgraft_client.app import client_app
 from fedgraft_client.entry import Kind
 from fedgraft_common.backbone import embedded_directory
 from fedgraft_common.backbone_protocol import ManifestRequest
@@ -31,17 +30,14 @@ from fedgraft_common.errors import ServerError
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan, load_plan
 from fedgraft_server.backbone_library import BackboneLibrary
-from fedgraft_server.federation import run_federation
 from fedgraft_server.run_folder import RunFolder
 from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.federation.kills import Kills, words
-from fedgraft_simulations.federation.processes import SITE_FILE, Federation
-from fedgraft_simulations.federation.site import open_simulated
-from fedgraft_simulations.local_grid import LocalGrid
+from fedgraft_simulations.federation.processes import Federation
+from fedgraft_simulations.federation.reference import EXPORT, undisturbed
 from fedgraft_simulations.partition import partition
 
 BACKBONE = embedded_directory("glyphs")
-EXPORT = "adapter/adapter_model.safetensors"
 SITE = Path(__file__).with_name("watched_site.py")
 
 
@@ -71,7 +67,7 @@ def new_federation(directory: Path, plan: Plan, bandwidth: int) -> tuple[Federat
     made.plan_file.write_text(plan.model_dump_json())
     made.start_server()
     for share in partition(plan):
-        made.join(share.name, share.classes, share.train.unit_count, plan)
+        made.join(share, plan)
         start_site(made, share.name)
     return made, plan
 
@@ -90,27 +86,11 @@ def start_site(federation: Federation, name: str) -> None:
     federation.start(name, command)
 
 
-def undisturbed(plan: Plan, server: Path, directory: Path) -> Tensors:
-    """The adapter that is exported when nothing dies: the same sites, a grid in this process."""
+def handed_out(plan: Plan, server: Path) -> Path:
+    """The backbone of a plan on the server."""
     config = plan.backbone
     request = ManifestRequest(sha256=config.sha256, manifest_sha256=config.manifest_sha256)
-    backbone = BackboneLibrary(server / "backbones").assembled(request)
-    sites = []
-    for number, share in enumerate(partition(plan)):
-        home = directory / share.name
-        home.mkdir(parents=True)
-        facts: dict[str, object] = {"name": share.name, "classes": list(share.classes)}
-        facts |= {"units": share.train.unit_count, "epsilon": 1e6, "delta": plan.privacy.delta}
-        (home / "site.toml").write_text(SITE_FILE.format(**facts))
-        sites.append(open_simulated(plan, number, home / "site.toml", locate=lambda _: backbone))
-    app = client_app(lambda context: sites[int(context.node_config["partition-id"])])
-    try:
-        grid = LocalGrid(app, len(sites))
-        run_federation(plan, grid, directory / "run", durable=False, backbone=backbone)
-        return load_file(directory / "run" / EXPORT)
-    finally:
-        for site in sites:
-            site.store.close()
+    return BackboneLibrary(server / "backbones").assembled(request)
 
 
 def start_run(federation: Federation, plan: Plan, meanwhile: Callable[[], None]) -> RunFolder:
@@ -212,8 +192,9 @@ def disturb(
         log = federation.fedgraft("logs", runs[-1][1].name)
     uncommitted = check_ledgers(federation, plan.privacy.delta)
     say(f"kills: {kills.counts()}; reservations without a commit: {uncommitted}")
+    backbone = handed_out(plan, federation.server)
     for named, folder in runs:
-        expected = undisturbed(named, federation.server, directory / folder.name)
+        expected = undisturbed(named, directory / folder.name, backbone=backbone)
         check_run(federation, named, folder, expected)
     finished = Counter(re.findall(r"round (\d+): 2 updates", log))
     assert finished and set(finished.values()) == {1}  # a round is never aggregated twice

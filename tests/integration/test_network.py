@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from fedgraft_client.account import read_ledger, verify
 from fedgraft_client.entry import Kind
+from fedgraft_common.logs import AS_JSON
 from fedgraft_common.plan import Plan, load_plan
 from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.federation.__main__ import begin, follow
@@ -54,7 +56,7 @@ def federation(directory: Path, plan: Plan, seed: int) -> Iterator[tuple[Federat
         made.start_server()
         shares = partition(plan)
         for share in shares:
-            made.join(share.name, share.classes, share.train.unit_count, plan)
+            made.join(share, plan)
         files = [directory / s.name / "home" / "identity" / "federation.json" for s in shares]
         facts = [json.loads(file.read_text()) for file in files]
         with BadNetwork(facts[0]["gateway"], seed) as network:
@@ -66,7 +68,7 @@ def federation(directory: Path, plan: Plan, seed: int) -> Iterator[tuple[Federat
             for name in made.names:
                 made.processes[name].terminate()
             for name in made.names:
-                assert made.processes[name].wait(60) == 0, made.log(name)[-2000:]
+                assert made.processes[name].wait(200) == 0, made.log(name)[-2000:]
 
 
 def expected(plan: Plan, directory: Path) -> dict[str, torch.Tensor]:
@@ -95,6 +97,35 @@ def check(made: Federation, folder: Path, plan: Plan, simulated: dict[str, torch
     assert counts["fedgraft_server_updates_total"] == plan.rounds.count * plan.sites.count
 
 
+PRIVATE = re.compile(r"\b(loss|accurac\w*|gradients?|labels?|counts?|records?|epsilon)\b", re.I)
+FIELDS = {"time", "level", "logger", "action", "run", "round", "site", "message"}
+
+
+def check_logs(made: Federation, plan: Plan) -> None:
+    """Every line is JSON; where something happened is in fields; nothing private is anywhere."""
+    private = {str(share.train.unit_count) for share in partition(plan)}
+    for name in ("server", *made.names):
+        lines = [json.loads(line) for line in made.log(name).splitlines()]
+        for line in lines:
+            assert set(line) <= FIELDS, line
+            assert "action" in line, line
+            assert not PRIVATE.search(line["message"]), line
+            words = re.findall(r"(?<![\d.:=])\d+(?![\d.:])", line["message"])
+            assert not private & set(words), line
+        if name == "server":
+            finished = [line for line in lines if line["action"] == "round"]
+            assert [line["round"] for line in finished] == list(range(1, plan.rounds.count + 1))
+            assert len({line["run"] for line in finished}) == 1
+            links = [line for line in lines if line["action"] == "superlink"]
+            assert {line["site"] for line in links if "site" in line} == set(made.names)
+            run = finished[0]["run"]
+        else:
+            assert all(line["site"] == name for line in lines)
+            answers = [line for line in lines if line["action"] == "answer"]
+            assert {line["round"] for line in answers} == set(range(1, plan.rounds.count + 1))
+            assert {line["run"] for line in answers} == {run}
+
+
 class Forecast:
     """Changes the weather with each finished round, and cuts every connection with it.
 
@@ -118,7 +149,9 @@ class Forecast:
 
 
 @pytest.mark.timeout(600)
-def test_a_run_over_a_bad_network(tmp_path: Path) -> None:
+def test_a_run_over_a_bad_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And both sides' logs of it, for machines."""
+    monkeypatch.setenv(AS_JSON, "1")
     plan = plan_of(rounds=5, sites=2)
     simulated = expected(plan, tmp_path / "simulated")
     with federation(tmp_path / "real", plan, seed=1) as (made, network):
@@ -126,6 +159,7 @@ def test_a_run_over_a_bad_network(tmp_path: Path) -> None:
         follow(made, folder, Forecast(network, list(KINDS.values())))
     check(made, folder, plan, simulated)
     assert min(network.seen["cuts"], network.seen["swaps"], network.seen["late"]) > 0
+    check_logs(made, plan)
 
 
 @pytest.mark.slow

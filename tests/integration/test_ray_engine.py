@@ -35,6 +35,7 @@ def in_process(server: ServerApp, app: ClientApp, sites: int) -> None:
 def adapters(plans: list[Plan], directory: Path, carry: Carry) -> list[list[Tensors]]:
     """The adapter after each round of each plan; the plans have their sites in common."""
     found: list[list[Tensors]] = [[] for _ in plans]
+    sites = SimulatedSites(plans[0], directory / "sites", "cpu")
     together = ServerApp()
 
     @together.main()
@@ -44,9 +45,9 @@ def adapters(plans: list[Plan], directory: Path, carry: Carry) -> list[list[Tens
             def note(summary: RoundSummary, adapters: list[Tensors] = adapters) -> None:
                 adapters.append(summary.adapter)
 
-            server_app(plan, directory / plan.hash, note, durable=False)(grid, context)
+            folder = directory / plan.hash
+            server_app(plan, folder, note, durable=False, trust=sites.trust)(grid, context)
 
-    sites = SimulatedSites(plans[0], directory / "sites", "cpu")
     carry(together, client_app(sites), plans[0].sites.count)
     return found
 

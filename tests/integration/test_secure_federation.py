@@ -38,7 +38,7 @@ def make_plan(sites: int, rounds: int, dropouts: int) -> Plan:
 def start(federation: Federation, plan: Plan) -> Path:
     federation.start_server()
     for share in partition(plan):
-        federation.join(share.name, share.classes, share.train.unit_count, plan)
+        federation.join(share, plan)
         federation.start_site(share.name)
     return begin(federation)
 

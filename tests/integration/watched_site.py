@@ -17,7 +17,7 @@ from typing import Any
 
 from fedgraft_client import site as site_module
 from fedgraft_client.training import train_round
-from fedgraft_client.up import resident
+from fedgraft_client.up import run_until_stopped
 from fedgraft_common.logs import set_up_logs
 from fedgraft_common.plan import load_plan
 from fedgraft_simulations.federation.site import open_simulated
@@ -41,8 +41,7 @@ def main() -> None:
 
     site_module.train_round = watched  # type: ignore[attr-defined]
     set_up_logs()
-    with resident(site_file, partial(open_simulated, plan, number)) as daemon, daemon.signals():
-        daemon.run()
+    sys.exit(run_until_stopped(site_file, partial(open_simulated, plan, number)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,21 @@ from fedgraft_common.adapters.method import AdapterMethod
 from fedgraft_common.plan import Adapter
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.RMSNorm)
+ENDINGS = ("Norm", "Norm2d", "RMSNorm")
+"""Names of the normalisation layers that models bring themselves, such as LlamaRMSNorm."""
 
 
-def _config(_: Adapter, targets: list[str]) -> Any:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module ends in a trainable scale per channel."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return False
+    own = type(module).__name__.endswith(ENDINGS) and next(module.children(), None) is None
+    return isinstance(module, NORMS) or own
+
+
+def tuning(_: Adapter, targets: list[str]) -> Any:
+    """PEFT's LN-tuning of the named layers."""
     from peft import LNTuningConfig
 
     return LNTuningConfig(target_modules=targets)
@@ -25,8 +37,8 @@ def _config(_: Adapter, targets: list[str]) -> Any:
 
 FILM = AdapterMethod(
     name="film",
-    suits=lambda module: isinstance(module, NORMS) and module.weight is not None,
-    config=_config,
+    suits=is_norm,
+    config=tuning,
     trains=lambda name: ".ln_tuning_layers." in name,
     random=lambda _: False,
 )

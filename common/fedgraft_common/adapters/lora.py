@@ -10,15 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedgraft_common.adapters.method import AdapterMethod
 from fedgraft_common.plan import Adapter
 
 
-def _suits(module: nn.Module) -> bool:
+def suits(module: nn.Module) -> bool:
+    """Linear layers and convolutions, GPT-2's linear layer (`Conv1D`) among them.
+
+    The output layer inside torch's own attention is left out: attention takes its weight and
+    never calls it, so an adapter on it would do nothing.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1  # PEFT needs a rank that the groups divide
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _config(adapter: Adapter, targets: list[str]) -> Any:
@@ -31,14 +39,14 @@ def _config(adapter: Adapter, targets: list[str]) -> Any:
 
 LORA = AdapterMethod(
     name="lora",
-    suits=_suits,
+    suits=suits,
     config=_config,
     trains=lambda name: ".lora_A." in name or ".lora_B." in name,
     random=lambda name: ".lora_A." in name,
 )
 FFA_LORA = AdapterMethod(
     name="ffa-lora",
-    suits=_suits,
+    suits=suits,
     config=_config,
     trains=lambda name: ".lora_B." in name,
     random=lambda name: ".lora_A." in name,

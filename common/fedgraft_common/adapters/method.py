@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,8 @@ class AdapterMethod:
         trains: whether a parameter of the PEFT model, by name, is trained and sent.
         random: whether a parameter is drawn from the plan's public seed at the start; others
             keep what PEFT gave them (zeros for LoRA's B, the backbone's own scale and shift).
+        place: what it is attached to: modules that suit, inside the chosen blocks; the blocks as
+            a whole; or the model, in front of its first block.
     """
 
     name: str
@@ -30,6 +32,7 @@ class AdapterMethod:
     config: Callable[[Adapter, list[str]], Any]
     trains: Callable[[str], bool]
     random: Callable[[str], bool]
+    place: Literal["modules", "blocks", "model"] = "modules"
 
 
 _METHODS: dict[str, AdapterMethod] = {}

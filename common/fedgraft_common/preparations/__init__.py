@@ -1,6 +1,69 @@
-"""Preparations: from raw records to a model's input tensors. A modality is one file here."""
+"""Preparations: from raw records to a model's inputs. A modality is one file and one line."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedgraft_common.description import first_problem
+from fedgraft_common.modality import Modality
+from fedgraft_common.preparations.audio import AudioPreparation
 from fedgraft_common.preparations.image import ImagePreparation
+from fedgraft_common.preparations.pair import PairPreparation
 from fedgraft_common.preparations.preparation import Preparation
+from fedgraft_common.preparations.series import SeriesPreparation
+from fedgraft_common.preparations.table import TablePreparation
+from fedgraft_common.preparations.text import TextPreparation
+from fedgraft_common.preparations.video import VideoPreparation
 
-__all__ = ["ImagePreparation", "Preparation"]
+KINDS: dict[Modality, Any] = {
+    "image": ImagePreparation,
+    "text": TextPreparation,
+    "audio": AudioPreparation,
+    "series": SeriesPreparation,
+    "tabular": TablePreparation,
+    "video": VideoPreparation,
+    "image-text": PairPreparation,
+}
+
+
+def build(
+    settings: Mapping[str, Any], modality: Modality, directory: Path, where: str
+) -> Preparation:
+    """The preparation of a modality.
+
+    Args:
+        settings: its fields; those of the image part of a video stand beside its own.
+        modality: which one.
+        directory: where tokenizer and feature extractor lie.
+        where: file, for the error.
+
+    Raises:
+        BackboneError: a field is missing or wrong.
+    """
+    given: dict[str, Any] = {"directory": directory, **settings}
+    if modality == "video":
+        given = {"image": settings, **given}
+    if modality == "image-text":
+        given["text"] = {"directory": directory, **settings["text"]}
+    try:
+        found: Preparation = KINDS[modality].model_validate(given)
+    except ValidationError as error:
+        raise first_problem(error, where, "preprocessing") from None
+    return found
+
+
+__all__ = [
+    "AudioPreparation",
+    "ImagePreparation",
+    "PairPreparation",
+    "Preparation",
+    "SeriesPreparation",
+    "TablePreparation",
+    "TextPreparation",
+    "VideoPreparation",
+    "build",
+]

@@ -22,6 +22,9 @@ class ImagePreparation(BaseModel):
     size: int = Field(ge=1, description="Side of the square input in pixels.")
     mean: tuple[float, ...] = Field(description="Subtracted per channel, of values in [0, 1].")
     std: tuple[PositiveFloat, ...] = Field(description="Divided by per channel.")
+    order: Literal["RGB", "BGR"] = Field(
+        default="RGB", description="Order in which the model wants colours; mean and std follow it."
+    )
 
     @model_validator(mode="after")
     def _one_constant_per_channel(self) -> ImagePreparation:
@@ -53,6 +56,8 @@ class ImagePreparation(BaseModel):
             images = functional.interpolate(
                 images, size=(self.size, self.size), mode="bilinear", antialias=True
             )
+        if self.order == "BGR":
+            images = images.flip(1)
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         return ((images - mean) / std,)

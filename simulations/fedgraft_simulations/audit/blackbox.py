@@ -23,7 +23,9 @@ from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore
 from fedgraft_common.messages import Tensors
+from fedgraft_common.modality import take
 from fedgraft_common.plan import Plan
+from fedgraft_simulations.audit.candidates import together
 from fedgraft_simulations.audit.part import AuditContext
 from fedgraft_simulations.audit.rehearsal import Rehearsal
 from fedgraft_simulations.partition import Share, partition
@@ -91,7 +93,7 @@ def _plant(
     classes = len(share.classes)
     shift = torch.from_numpy(random.integers(1, classes, size=count))
     labels = (share.test.labels[chosen] + shift) % classes
-    canaries = Records(share.test.images[chosen], labels)
+    canaries = Records(take(share.test.inputs, chosen), labels)
     included = random.random(count) < 0.5
     taken = torch.from_numpy(included)
     units = share.train.units
@@ -99,7 +101,7 @@ def _plant(
         first = int(units.max()) + 1
         units = torch.cat([units, torch.arange(first, first + int(taken.sum()))])
     mixed = Records(
-        torch.cat([share.train.images, canaries.images[taken]]),
+        together(share.train.inputs, take(canaries.inputs, taken)),
         torch.cat([share.train.labels, labels[taken]]),
         units,
     )
@@ -110,9 +112,9 @@ def _fall(
     site: Site, plan: Plan, initial: Tensors, adapter: Tensors, canaries: Records
 ) -> NDArray[np.float64]:
     """How much the loss of each canary's label fell from the initial to the released adapter."""
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     head = site.trained_head(plan)
-    cached = bench.cache(canaries.images)
+    cached = bench.cache(canaries.inputs)
     before = _losses(head, bench.features(initial, cached), canaries.labels)
     after = _losses(head, bench.features(adapter, cached), canaries.labels)
     return (before - after).double().numpy()

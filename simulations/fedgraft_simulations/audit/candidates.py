@@ -110,7 +110,7 @@ def together(first: Raw, second: Raw) -> Raw:
         return torch.cat([first, second])
     if is_pair(first) and is_pair(second):
         return torch.cat([first[0], second[0]]), [*first[1], *second[1]]
-    return [*first, *second]  # type: ignore[list-item]
+    return [*first, *second]
 
 
 def _units(records: Records) -> torch.Tensor:

@@ -17,6 +17,7 @@ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,7 +77,9 @@ def p_value(found: Guesses, epsilon: float, delta: float) -> float:
     beyond = float(binom.sf(right - 1, found.made, chance))
     if delta == 0 or right == 0:
         return min(1.0, beyond)
-    fewer = np.arange(1, right + 1)
+    mean = found.made * chance
+    rare = int(mean - 12 * math.sqrt(mean * (1 - chance))) - 40  # fewer never happen: Chernoff
+    fewer = np.arange(1, max(1, right - max(0, rare)) + 1)  # beyond, the quotient only falls
     window = binom.cdf(right - 1, found.made, chance) - binom.cdf(
         right - fewer - 1, found.made, chance
     )

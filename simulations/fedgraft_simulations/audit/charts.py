@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft_simulations.table import epsilon_words
+
 WIDTH = 720  # pixels as shown
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#e3e7ec"
 BLUE, ORANGE, RED = "#0067a3", "#b84a00", "#b3261e"
@@ -60,7 +62,7 @@ def bounds_chart(bounds: Sequence[tuple[str, float, float | None]], claimed: flo
     if math.isfinite(claimed):
         axes.axvline(claimed, color=INK, linewidth=1.6, linestyle=(0, (4, 2)))
         axes.annotate(
-            f"promised {claimed:.2f}", (claimed, 1), xycoords=("data", "axes fraction"),
+            f"promised {epsilon_words(claimed)}", (claimed, 1), xycoords=("data", "axes fraction"),
             xytext=(0, 6), textcoords="offset points", ha="center", color=INK, fontsize=13,
         )  # fmt: skip
     axes.set_yticks(range(len(bounds)), [name for name, _, _ in bounds])

@@ -39,6 +39,7 @@ from fedgraft_common.messages import (
     read_status,
     to_record,
 )
+from fedgraft_common.modality import take
 from fedgraft_common.packing import PACKAGE, pack
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.accounted import account_for, why_not
@@ -128,7 +129,7 @@ class EgressPart:
 
 def look_at(run: Rehearsal, random: np.random.Generator) -> Egress:
     """Accounts for everything that crossed the grid in a run."""
-    schema = run.sites[0].runtime.workbench(run.plan).adapted.schema
+    schema = run.sites[0].bench(run.plan).adapted.schema
     committed = [_committed(site.store.ledger.entries()) for site in run.sites]
     size = sum(spec.bytes for spec in schema) // 4
     chosen = np.sort(random.permutation(size)[:MOST_COORDINATES])
@@ -300,7 +301,7 @@ def plant(context: AuditContext, directory: Path, progress: Any) -> Planted:
     rounds = min(PLANTED_ROUNDS[context.effort], context.plan.rounds.count)
     plan = context.plan.replace({"rounds.count": rounds})
     runtime, shares = Runtime(context.device), partition(plan)
-    canary = Canary.draw(tuple(shares[0].train.images.shape[1:]), context.random("egress"))
+    canary = Canary.draw(shares[0].train, context.random("egress"))
 
     def site(number: int) -> Site:
         share = shares[number]
@@ -316,8 +317,8 @@ def plant(context: AuditContext, directory: Path, progress: Any) -> Planted:
         return Site(config, records, runtime, store, held_out=share.test)
 
     run = Rehearsal.run(plan, directory, site, on_round=lambda n: progress(0.9 * n / rounds))
-    bench = runtime.workbench(run.plan)
-    cached = bench.cache(canary.tensor[None])
+    bench = run.sites[0].bench(run.plan)
+    cached = bench.cache(take(run.sites[0].records.inputs, slice(1)))
     needles = canary.needles((*cached, bench.features(run.initial, cached)))
     exchanges = [*run.exchanges()]
     provoked = list(_provoke(run, canary))
@@ -407,7 +408,7 @@ def _summary(verdict: Verdict, seen: Egress, run: Rehearsal) -> str:
 
 
 def _facts(seen: Egress, run: Rehearsal) -> dict[str, Any]:
-    schema = run.sites[0].runtime.workbench(run.plan).adapted.schema
+    schema = run.sites[0].bench(run.plan).adapted.schema
     return {
         "messages": seen.messages,
         "bytes": dict(seen.bytes),

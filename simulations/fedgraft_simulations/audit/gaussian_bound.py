@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
-from scipy.stats import beta, norm
+from scipy.stats import beta, mannwhitneyu, norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class GaussianBound:
         false_negatives: share of IN canaries called OUT.
         mu: lower bound on mu.
         epsilon: lower bound on epsilon at `delta`.
-        estimate: epsilon of the mu that the scores suggest, without confidence.
+        estimate: epsilon of the mu that all scores together suggest, without confidence.
         delta: both are for.
         significance: chance that the bound is wrong.
     """
@@ -76,19 +76,29 @@ def gaussian_bound(
         np.array([false_positives]), outside, np.array([false_negatives]), inside, significance
     )
     lower = max(0.0, float(mu[0]))
-    suggested = norm.isf((false_positives + 0.5) / (outside + 1)) - norm.ppf(
-        (false_negatives + 0.5) / (inside + 1)
-    )
     return GaussianBound(
         canaries=len(coins),
         false_positives=false_positives / max(1, outside),
         false_negatives=false_negatives / max(1, inside),
         mu=lower,
         epsilon=gaussian_epsilon(lower, delta),
-        estimate=gaussian_epsilon(max(0.0, float(suggested)), delta),
+        estimate=gaussian_epsilon(suggested_mu(scores, included), delta),
         delta=delta,
         significance=significance,
     )
+
+
+def suggested_mu(scores: NDArray[np.float64], included: NDArray[np.bool_]) -> float:
+    """Mu of two Gaussians that overlap as much as the scores do: sqrt(2) times the quantile of the
+    area under the ROC curve. Scores without any overlap suggest what their number can show.
+    """
+    if included.all() or not included.any():
+        return 0.0
+    inside, outside = scores[included], scores[~included]
+    pairs = len(inside) * len(outside)
+    area = float(mannwhitneyu(inside, outside).statistic) / pairs
+    area = min(max(area, 0.5 / pairs), 1 - 0.5 / pairs)
+    return max(0.0, math.sqrt(2) * float(norm.ppf(area)))
 
 
 def _best_threshold(

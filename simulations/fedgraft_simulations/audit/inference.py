@@ -84,7 +84,8 @@ def rmia(
     marginal = np.where(count > 0, offline, references.mean(axis=0))
     ratio = probability / np.maximum(marginal, np.finfo(np.float64).tiny)
     ranked = np.sort(ratio if population is None else ratio[population])
-    return np.searchsorted(ranked, ratio, side="right") / len(ranked)
+    found: Scores = np.searchsorted(ranked, ratio, side="right") / len(ranked)
+    return found
 
 
 def lira(confidence: Scores, reference: Scores, had: Members) -> Scores:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ class InversionPart:
         """Draws records from what is seen, from nothing to all."""
         started = time.perf_counter()
         size, run = SIZES[context.effort], context.rehearsal
-        bench = run.sites[0].runtime.workbench(run.plan)
+        bench = run.sites[0].bench(run.plan)
         progress(0.05, "what the attacker sees")
         candidates = [Candidates.of(share, bench) for share in run.shares]
         targets = choose_targets(context, candidates, size.targets)
@@ -209,7 +210,7 @@ def observe(
     adapter: Tensors,
 ) -> dict[str, torch.Tensor]:
     """(N, D) gradients for each scene, clipped and noised by the trainer's own code."""
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     steps = [site.step(run.plan) for site in run.sites]
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in SCENES}
     for number, target in enumerate(targets):
@@ -271,7 +272,7 @@ def noisy_sum(
     Returns:
         The adapter's gradient sum, by schema name.
     """
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     model, engine = bench.trainer(head)
     bench.adapted.load(adapter)
     trained = [p for p in model.head.parameters() if p.requires_grad]
@@ -288,7 +289,8 @@ def noisy_sum(
         sizes = torch.from_numpy(np.unique(site.units[rows], return_counts=True)[1])
     cached = tuple(tensor[rows] for tensor in site.cached)
     joint.noisy_sum(engine, cached, site.labels[rows], run.sites[0].runtime.physical_batch, sizes)
-    sums = {n: p.grad.detach().cpu().clone() for n, p in bench.adapted.adapter.items()}
+    gradients = {n: cast(torch.Tensor, p.grad) for n, p in bench.adapted.adapter.items()}
+    sums = {name: gradient.detach().cpu().clone() for name, gradient in gradients.items()}
     joint.zero_grad(set_to_none=True)
     return sums
 

@@ -32,6 +32,7 @@ from fedgraft_simulations.audit.part import (
     Verdict,
     worst,
 )
+from fedgraft_simulations.table import epsilon_words
 
 PRECISION = 1e-9
 """Relative difference of two noise multipliers that a ledger and a plan may show by rounding."""
@@ -210,10 +211,11 @@ def _plan(account: Account) -> Iterator[Finding]:
         return
     if not mine:
         yield Finding(
-            f"The plan {plan.name} ({plan.hash[:12]}) was charged as it asks",
-            "this ledger holds no charge for it", "fail" if account.rehearsed else "info",
+            "The plan under audit was charged as it asks",
+            "this ledger holds no charge for it; name the plan that the site ran, to check it",
+            "fail" if account.rehearsed else "info",
             name="plan",
-        )  # fmt: skip
+        )
         return
     wrong = [fault for entry in mine for fault in _against_plan(entry, plan)]
     yield Finding(
@@ -454,7 +456,8 @@ def _summary(verdict: Verdict, accounts: list[Account], context: AuditContext) -
     which = "The site's account holds" if len(accounts) == 1 else (
         f"The accounts of all {len(accounts)} sites hold"
     )  # fmt: skip
-    return f"{which}: every line is there and unchanged, and epsilon {most:.2f} was spent at most."
+    cost = f"epsilon {epsilon_words(most)} was spent at most" if most else "nothing was spent"
+    return f"{which}: every line is there and unchanged, and {cost}."
 
 
 def _facts(accounts: list[Account], found: list[list[Finding]]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def identified(images: torch.Tensor, truth: torch.Tensor, gallery: torch.Tensor)
     distance = (images - truth).flatten(1).norm(dim=1)
     others = torch.cdist(images.flatten(1), gallery.flatten(1))
     same = torch.cdist(truth.flatten(1), gallery.flatten(1)) == 0
-    return distance < others.masked_fill(same, torch.inf).min(dim=1).values
+    found: torch.Tensor = distance < others.masked_fill(same, torch.inf).min(dim=1).values
+    return found
 
 
 def _coloured(image: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ from fedgraft_simulations.audit.part import (
 from fedgraft_simulations.audit.probe import CLIPPED, HEAD, SUMMED
 from fedgraft_simulations.audit.sampling import SamplingCheck, check_sampling
 from fedgraft_simulations.audit.trial import Observer, Trial, run_trial
+from fedgraft_simulations.table import epsilon_words
 
 SIGNIFICANCE = 0.05
 GATE = 1000
@@ -227,8 +228,8 @@ class Measured:
         bound = self._t2(kind, observer, statistic)
         self._keep(name, bound)
         self.bounds.append((name, bound.epsilon, bound.estimate))
-        verdict: Verdict = "pass" if self.private and bound.epsilon <= self.claimed else "fail"
-        promised = f"promised {self.claimed:.2f}" if self.private else "nothing promised"
+        verdict = self._holds(bound.epsilon)
+        promised = f"promised {epsilon_words(self.claimed)}" if self.private else "nothing promised"
         return Finding(
             claim, f"{_words(bound)}; {promised}", verdict,
             f"{detail} {2 * bound.canaries:,} canaries; wrong calls on half of them: "
@@ -324,7 +325,7 @@ class Measured:
             epsilon = method(counted, self.delta, SIGNIFICANCE)
             self.facts[name] = {**asdict(counted), "epsilon": epsilon}
             self.bounds.append((name, epsilon, None))
-            verdict: Verdict = "pass" if self.private and epsilon <= self.claimed else "fail"
+            verdict = self._holds(epsilon)
             finding = Finding(
                 f"Guessing which canaries were there does not refute the promise, {assumes}",
                 f"{counted.right} of {counted.made} guesses right: epsilon at least {epsilon:.2f}",
@@ -344,11 +345,15 @@ class Measured:
         return Finding(
             "Whoever has only the released model cannot tell which mislabelled records were used",
             f"{counted.right} of {counted.made} guesses right: epsilon at least {epsilon:.2f}",
-            "pass" if self.private and epsilon <= self.claimed else "fail",
+            "info" if not self.private and epsilon == 0 else self._holds(epsilon),
             f"T3 of PRIVACY.md: {counted.canaries} mislabelled records, half of them in the "
             "training data, scored by the fall of their loss.",
             "mislabelled records",
         )
+
+    def _holds(self, epsilon: float) -> Verdict:
+        """Whether a measured epsilon is within what is promised."""
+        return "pass" if self.private and epsilon <= self.claimed else "fail"
 
     def _keep(self, name: str, bound: GaussianBound) -> None:
         self.facts[name] = {key: _number(value) for key, value in asdict(bound).items()}
@@ -366,12 +371,12 @@ class Measured:
         if verdict == "fail":
             return (
                 "The mechanism does not keep its promise: at least one test found more leaking "
-                f"than the promised epsilon {self.claimed:.2f} allows, or noise or sampling that "
-                "are not what was accounted."
+                f"than the promised epsilon {epsilon_words(self.claimed)} allows, or noise or "
+                "sampling that are not what was accounted."
             )
         return (
             f"The noise keeps its promise: the strongest test shows a leak of at least epsilon "
-            f"{highest:.2f}, and up to {self.claimed:.2f} is promised."
+            f"{highest:.2f}, and up to {epsilon_words(self.claimed)} is promised."
         )
 
     def figures(self) -> list[Figure]:

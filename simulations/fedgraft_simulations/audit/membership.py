@@ -86,7 +86,7 @@ class MembershipPart:
         size, plan = SIZES[context.effort], context.plan
         progress(0.0, "rehearsing the plan")
         run = context.rehearsal
-        bench = run.sites[0].runtime.workbench(run.plan)
+        bench = run.sites[0].bench(run.plan)
         candidates = [Candidates.of(share, bench) for share in run.shares]
         members = np.concatenate([site.members for site in candidates])
         progress(0.1, "reference runs")
@@ -240,7 +240,7 @@ def attack_updates(
         With the noise taken for what is claimed, and for little of it; one curve without DP.
     """
     plan = run.plan
-    bench = run.sites[0].runtime.workbench(plan)
+    bench = run.sites[0].bench(plan)
     heads = [site.trained_head(plan) for site in run.sites]
     steps = [site.step(plan) for site in run.sites]
     summed = plan.privacy.mechanism == "distributed"
@@ -290,7 +290,7 @@ def attack_heads(context: AuditContext, candidates: Sequence[Candidates], count:
     as an attacker wants, each on as many random units of the site as the site trained on.
     """
     run = context.rehearsal
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     found: dict[str, list[NDArray[np.float64]]] = {
         "LiRA": [], "RMIA": [], "Attack-R": [], "Attack-P": []
     }  # fmt: skip
@@ -328,7 +328,7 @@ def worst_step(run: Rehearsal) -> StepNoise:
 
 def _confidence(run: Rehearsal, candidates: Sequence[Candidates]) -> NDArray[np.float64]:
     """What a run's released adapter, with each site's DP-trained or fixed head, is sure of."""
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     return np.concatenate(
         [
             candidate.confidence(bench, run.adapter, site.trained_head(run.plan))

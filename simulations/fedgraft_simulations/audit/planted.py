@@ -9,13 +9,15 @@ be found.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
 from fedgraft_client.data import Records
+from fedgraft_common.modality import Raw, is_pair
 
 BLOCK = 16
 """Bytes of a needle: any leaked run of 31 bytes holds one whole block."""
@@ -27,29 +29,45 @@ class Canary:
 
     Attributes:
         text: unlike anything else, 24 letters and digits.
-        tensor: (C, H, W) float32 in [0, 1], random.
+        tensor: one record's, float32 in [0, 1], random; (C, H, W) if the records are images.
     """
 
     text: str
     tensor: torch.Tensor
 
     @classmethod
-    def draw(cls, shape: tuple[int, ...], random: np.random.Generator) -> Canary:
-        """A new one, for pictures of this shape (C, H, W)."""
+    def draw(cls, records: Records, random: np.random.Generator) -> Canary:
+        """A new one, in the form of these records; a row of numbers if they are texts."""
+        inputs = records.inputs[0] if is_pair(records.inputs) else records.inputs
+        shape = inputs.shape[1:] if isinstance(inputs, torch.Tensor) else (BLOCK,)
         letters = "".join(random.choice(list("ABCDEFGHJKLMNPQRSTUVWXYZ23456789"), size=18))
         pixels = random.random(shape, dtype=np.float32)
         return cls(f"canary{letters}", torch.from_numpy(pixels))
 
     def plant(self, records: Records) -> Records:
-        """The records, with the tensor and the text as the pictures of the first two."""
-        images = records.images.clone()
-        images[0] = self.tensor
-        if len(images) > 1:
+        """The records, with the tensor and the text as the values of the first two."""
+        inputs = records.inputs
+        planted: Raw
+        if isinstance(inputs, torch.Tensor):
+            planted = self._drawn(inputs)
+        elif is_pair(inputs):
+            planted = self._drawn(inputs[0]), self._written(inputs[1])
+        else:
+            planted = self._written(cast(Sequence[str], inputs))
+        return Records(planted, records.labels, records.units)
+
+    def _drawn(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        values[0] = self.tensor
+        if len(values) > 1:
             written = torch.frombuffer(bytearray(self.text.encode()), dtype=torch.uint8)
-            flat = images[1].reshape(-1)
+            flat = values[1].view(-1)
             size = min(len(flat), len(written))
             flat[:size] = written[:size].float() / 255
-        return Records(images, records.labels, records.units)
+        return values
+
+    def _written(self, texts: Sequence[str]) -> list[str]:
+        return [self.text, *texts[1:]]
 
     def needles(self, derived: Iterable[torch.Tensor] = ()) -> tuple[bytes, ...]:
         """What to look for.

@@ -15,7 +15,7 @@ everyone but the canary knows: the clipped sum of all others, and who was in whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,7 +114,7 @@ class Probe:
     @contextmanager
     def watching(self, site: int) -> Iterator[None]:
         """Puts the site's canaries into whatever it trains on meanwhile."""
-        train_round = vars(site_module)["train_round"]
+        train_round: Callable[..., Tensors] = vars(site_module)["train_round"]
 
         def probed(
             bench: Workbench, plan: Plan, number: int, adapter: Tensors, head: LinearHead,

@@ -162,7 +162,7 @@ class Rehearsal:
         except MessageError as error:  # the sites are ours, so their own reason is shown
             own = (site.last_error for site in every)
             raise next((reason for reason in own if reason is not None), error) from None
-        initial = every[0].runtime.workbench(plan).initial
+        initial = every[0].bench(plan).initial
         shares = simulated.shares()
         return cls(plan, directory, tuple(every), tuple(shares), initial, final[0])
 
@@ -184,7 +184,7 @@ class Rehearsal:
         """What each site sent in a training round, in the order of sites: adapters (local, none)
         or noisy gradient sums (distributed).
         """
-        schema = self.sites[0].runtime.workbench(self.plan).adapted.schema
+        schema = self.sites[0].bench(self.plan).adapted.schema
         return [
             from_record(exchange.reply.content.array_records[ADAPTER], schema)
             for exchange in self.exchanges("train", number)

@@ -46,8 +46,8 @@ class Audit:
     """A finished audit.
 
     Attributes:
-        plan: what was audited; None for a self-test alone.
-        claim: what it promises; None for a self-test alone.
+        plan: what was audited; None for a ledger or a self-test alone.
+        claim: what it promises; None without a plan.
         parts: results, in the order in which they ran.
         self_test: if there was one.
         seed: of the auditor's randomness.
@@ -198,6 +198,8 @@ def headline(audit: Audit) -> str:
     """One sentence beside PASS or FAIL."""
     if audit.plan is None and audit.self_test is not None:
         return audit.self_test.words
+    if audit.plan is None:
+        return "The account holds." if audit.verdict == "pass" else "The account does not hold."
     if audit.claim is not None and math.isinf(audit.claim.epsilon):
         return "This plan protects nobody: it runs without differential privacy."
     if audit.verdict == "fail":
@@ -212,7 +214,11 @@ def promise_words(audit: Audit) -> tuple[str, str]:
     """What is promised: for anyone, and for a specialist."""
     plan, claim = audit.plan, audit.claim
     if plan is None or claim is None:
-        return "", ""
+        return (
+            "Nothing that this audit was told: it looked at a site's own account of what was "
+            "computed from one data set, and at nothing else.",
+            " ".join(part.summary for part in audit.parts),
+        )
     if math.isinf(claim.epsilon):
         return (
             "Nothing. Whoever sees what leaves a site may find out who is in its data.",
@@ -260,16 +266,18 @@ def measured_words(audit: Audit) -> str:
 def not_covered_words(audit: Audit) -> list[str]:
     """The limits that matter most; each part has its own list besides."""
     found = []
-    if audit.missing and audit.parts:
+    if audit.missing and audit.plan is not None:
         found.append(f"Parts that were not run: {_listed(list(audit.missing))}.")
     if audit.plan is not None and audit.plan.privacy.mechanism == "distributed":
         found.append(
             "Secure aggregation itself: the promise assumes that the server sees only sums."
         )
-    if audit.parts:
+    if audit.parts and audit.plan is None:
+        found.append("Whether what left the site was what its ledger was charged for.")
+    if audit.plan is not None:
         found.append(
-            "Real sites: this is a rehearsal of the plan on this machine, by the code that sites "
-            "run. A site's own ledger is audited with --ledger."
+            "Real sites: this is a rehearsal of the plan on one machine, by the code that sites "
+            "run. The ledger of a real site can be audited by itself."
         )
         found.append("What nobody has thought of: a test can refute a promise, and never prove it.")
     return found

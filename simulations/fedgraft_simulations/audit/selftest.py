@@ -182,6 +182,6 @@ def _sound_plan(plan: Plan, kind: str, number: int, seed: int, directory: Path) 
         file = directory / f"random-{number}.npz"
         digits = load_source("sklearn:digits")
         labels = np.random.default_rng([seed, number]).integers(0, 10, size=len(digits))
-        np.savez(file, images=digits.images[:, 0].numpy(), labels=labels)
+        np.savez(file, images=np.asarray(digits.inputs)[:, 0], labels=labels)
         changes["data.source"] = f"npz:{file}"
     return plan.replace(changes)

@@ -144,7 +144,7 @@ def run_trial(
         plan=plan,
         canaries=canaries,
         seen=_sent(run, canaries, probe) - probe.others,
-        drawn=tuple(probe.drawn),
+        drawn=tuple(sorted(probe.drawn, key=lambda batch: (batch.round, batch.site))),
         honest=honest,
         steps=tuple(s.step(plan) for s in run.sites),
         claimed=float(max(claims)),
@@ -200,7 +200,7 @@ def _head_sizes(plan: Plan, shares: list[Share], features: int) -> list[int]:
 
 def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float32]:
     """(T, S, m) the noisy gradient sums at the canaries' coordinates, from the sites' replies."""
-    plan, bench = run.plan, run.sites[0].runtime.workbench(run.plan)
+    plan, bench = run.plan, run.sites[0].bench(run.plan)
     names = list(bench.adapted.adapter)
     schema = bench.adapted.schema
     inside = canaries.kind != HEAD

@@ -127,8 +127,9 @@ class UpdateRegression:
         middle = self._step.sample_rate / 2  # mean and deviation of a weight, before anything
         system = self._precision.double()
         system.diagonal(dim1=1, dim2=2).add_(1 / middle**2)
-        evidence = self._evidence.double() + 1 / middle
-        return torch.linalg.solve(system, evidence).numpy()
+        found: torch.Tensor = torch.linalg.solve(system, self._evidence.double() + 1 / middle)
+        weights: NDArray[np.float64] = found.numpy()
+        return weights
 
     def _flat(self, tensors: Tensors) -> torch.Tensor:
         return torch.cat([tensors[name].flatten() for name in self._names])[self._chosen]
@@ -167,5 +168,5 @@ def unit_gradients(
     total = records.new_zeros(len(counts), records.shape[1]).index_add_(0, units, records)
     mean = total / counts[:, None]
     norm = mean.norm(dim=1, keepdim=True)
-    clipped = mean * (clipping_norm / norm.clamp(min=1e-6)).clamp(max=1.0)
+    clipped: torch.Tensor = mean * (clipping_norm / norm.clamp(min=1e-6)).clamp(max=1.0)
     return clipped[:, : sum(p.numel() for p in own)]

@@ -38,7 +38,7 @@ def run(plan: Plan, directory: Path) -> dict[str, float]:
 
     trained, refitted = [], []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
-        bench = site.runtime.workbench(plan)
+        bench = site.bench(plan)
         test: Cached = bench.cache(share.test.inputs)
         features = bench.features(adapter, test)
         trained.append(_accuracy(site.trained_head(plan), features, share.test))

@@ -65,7 +65,10 @@ def measure(
 def crowd_plan(
     directory: Path, sites: int, rounds: int, records: int, mechanism: str, backbone: str
 ) -> Plan:
-    """Many small sites, half of whose records are in a step; images are in `directory`."""
+    """Many small sites, half of whose records are in a step; images are in `directory`.
+
+    Sums are in the open: each masks with every other, which `secure_aggregation` measures.
+    """
     return Plan().replace(
         {
             "name": "thousand-sites",
@@ -74,6 +77,7 @@ def crowd_plan(
             "training.sample_rate": 0.5,
             "training.expected_batch": records * 0.4,
             "privacy.mechanism": mechanism,
+            "privacy.secure_aggregation": "summed",
             "aggregation.sites": sites,
             "rounds.count": rounds,
             "data.source": f"npz:{directory / 'images.npz'}",

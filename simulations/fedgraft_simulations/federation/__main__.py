@@ -81,7 +81,7 @@ def run(directory: Path, plan: Plan, console: Console) -> Tensors:
         with console.status("Server and sites start ..."):
             federation.start_server()
             for share in shares:
-                federation.join(share.name, share.classes, share.train.unit_count, plan)
+                federation.join(share, plan)
                 federation.start_site(share.name)
         folder = begin(federation)
         with console.status("") as status:

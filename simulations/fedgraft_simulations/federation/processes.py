@@ -13,10 +13,11 @@ from pathlib import Path
 from fedgraft_common.errors import ServerError
 from fedgraft_common.files import write_atomically
 from fedgraft_common.plan import Plan
+from fedgraft_simulations.partition import Share
 
 COMMAND = Path(sys.executable).with_name("fedgraft")
 HOST = "127.0.0.1"
-SITE_FILE = """name = "{name}"
+_SITE_FILE = """name = "{name}"
 classes = {classes}
 [data]
 name = "records"
@@ -27,6 +28,17 @@ maximum_epsilon = {epsilon}
 maximum_delta = {delta}
 mechanisms = ["local", "distributed"]
 """
+
+
+def site_file(share: Share, plan: Plan) -> str:
+    """The configuration of a rehearsed site, with a budget for many runs of the plan."""
+    return _SITE_FILE.format(
+        name=share.name,
+        classes=list(share.classes),
+        units=share.train.unit_count,
+        epsilon=plan.privacy.epsilon * 1000,
+        delta=plan.privacy.delta,
+    )
 
 
 class Federation:
@@ -89,19 +101,13 @@ class Federation:
         """`fedgraft server up`; returns at once."""
         self.start("server", [str(COMMAND), "server", "up", str(self.server)])
 
-    def join(self, name: str, classes: Sequence[str], units: int, plan: Plan) -> None:
+    def join(self, share: Share, plan: Plan, groups: Sequence[str] = ()) -> None:
         """Invites a site and lets it join; retries while the server starts."""
-        home = self.directory / name
+        home = self.directory / share.name
         home.mkdir()
-        text = SITE_FILE.format(
-            name=name,
-            classes=list(classes),
-            units=units,
-            epsilon=plan.privacy.epsilon * 1000,
-            delta=plan.privacy.delta,
-        )
-        write_atomically(home / "site.toml", text.encode())
-        invite = self.fedgraft("server", "invite", name, "--dir", str(self.server)).strip()
+        write_atomically(home / "site.toml", site_file(share, plan).encode())
+        named = [option for group in groups for option in ("--group", group)]
+        invite = self.fedgraft("server", "invite", share.name, *named).strip()
         end = time.monotonic() + 60
         while True:
             try:

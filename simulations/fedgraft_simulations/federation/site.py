@@ -9,6 +9,7 @@ noise and sampling come from the plan's seed, so that the result can be compared
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +22,8 @@ from fedgraft_client.runtime import Runtime
 from fedgraft_client.secure_member import Membership
 from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.site_file import load_site_file
-from fedgraft_client.up import resident
-from fedgraft_common.logs import set_up_logs
+from fedgraft_client.up import run_until_stopped
+from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, load_plan
 from fedgraft_simulations.partition import partition
 
@@ -48,9 +49,8 @@ def open_simulated(
 def main() -> None:
     """Runs until SIGTERM."""
     site_file, plan, number = Path(sys.argv[1]), load_plan(Path(sys.argv[2])), int(sys.argv[3])
-    set_up_logs()
-    with resident(site_file, partial(open_simulated, plan, number)) as daemon, daemon.signals():
-        daemon.run()
+    set_up_logs(bool(os.environ.get(AS_JSON)), facts={"site": load_site_file(site_file).name})
+    sys.exit(run_until_stopped(site_file, partial(open_simulated, plan, number)))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,41 @@ def test_it_comes_back_however_often_it_fails() -> None:
     assert max(world.slept) <= 0.25  # a signal is noticed soon
 
 
+def test_a_site_that_was_cut_off_for_hours_is_back_within_a_minute() -> None:
+    """With the longest draws: by then every wait is as long as it gets."""
+
+    class CutOff(World):
+        def connect(self) -> World:
+            if self.now < 8 * 3600.0:
+                self.attempts = getattr(self, "attempts", 0) + 1
+                raise LOST
+            return super().connect()
+
+    world = CutOff(request(1))
+    made = daemon(world)
+    made.draw = lambda: 0.999
+    world.idle = made.stop
+    made.run()
+    assert 8 * 3600.0 <= world.questions[0] <= 8 * 3600.0 + 60.0
+    assert world.attempts < 8 * 60 + 10
+    assert len(world.sent) == 1
+
+
+def test_an_outdated_connection_is_made_anew_when_there_is_nothing_to_do() -> None:
+    """For a renewed certificate: a connection lasts as long as the server does."""
+    world = World(request(1), None, request(2))
+    made = daemon(world)
+    due = [False, True]
+    made.is_outdated = lambda: due.pop(0) if due and world.sent else False
+    world.events.insert(2, None)
+    world.idle = made.stop
+    made.run()
+    assert (world.connections, world.closed) == (2, 2)
+    assert [m.metadata.reply_to_message_id for m in world.sent] == ["m1", "m2"]
+    assert max(world.slept) <= 0.25  # it was no failure
+    assert made.health.last_error == ""
+
+
 def test_a_success_makes_the_next_wait_short_again() -> None:
     world = World(request(1), LOST, request(2))
     world.connect_errors = [LOST] * 8

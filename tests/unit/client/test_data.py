@@ -19,9 +19,12 @@ from fedgraft_client.data import (
     number_units,
     to_images,
 )
+from fedgraft_client.tasks import build_task
 from fedgraft_common.errors import DataError
+from fedgraft_common.task_spec import TaskSpec
 
 CLASSES = ("ill", "well")
+TASK = build_task(TaskSpec(classes=CLASSES))
 
 
 def pixels(records: Records) -> torch.Tensor:
@@ -44,9 +47,9 @@ def labelled(*labels: int) -> Records:
 
 
 def test_good_records_pass() -> None:
-    check_records(records(), CLASSES, "north")
-    check_records(Records(torch.ones(1, 3, 2, 2), torch.tensor([0])), CLASSES, "north")
-    check_records(Records(torch.zeros(1, 3, 2, 2), torch.tensor([1])), CLASSES, "north")
+    check_records(records(), TASK, "north")
+    check_records(Records(torch.ones(1, 3, 2, 2), torch.tensor([0])), TASK, "north")
+    check_records(Records(torch.zeros(1, 3, 2, 2), torch.tensor([1])), TASK, "north")
 
 
 REFUSED: list[tuple[str, Callable[[], Records], tuple[str, ...], list[str]]] = [
@@ -100,7 +103,7 @@ def test_bad_records_are_refused(
     make: Callable[[], Records], classes: tuple[str, ...], parts: list[str]
 ) -> None:
     with pytest.raises(DataError) as refusal:
-        check_records(make(), classes, "north")
+        check_records(make(), build_task(TaskSpec(classes=classes), where="site north"), "north")
     for part in ["site north", *parts]:
         assert part in str(refusal.value)
 
@@ -199,7 +202,7 @@ def test_equal_identifiers_get_equal_numbers_without_gaps() -> None:
     assert (names.tolist(), names.dtype) == ([1, 0, 1, 2], torch.int64)
     assert number_units(np.array([70, -3, 70], np.int32), "x").tolist() == [1, 0, 1]
     assert number_units(np.array([b"q", b"p"]), "x").tolist() == [1, 0]
-    check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, names), CLASSES, "north")
+    check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, names), TASK, "north")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_a_column_that_names_no_units(column: np.ndarray[Any, Any], text: str) -
 )
 def test_units_that_are_not_numbered_from_zero(units: torch.Tensor, text: str) -> None:
     with pytest.raises(DataError, match=text) as caught:
-        check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, units), CLASSES, "north")
+        check_records(Records(torch.rand(4, 1, 8, 8), torch.arange(4) % 2, units), TASK, "north")
     assert caught.value.field == "site north: units"
 
 

@@ -137,7 +137,7 @@ def place(tmp_path: Path, runtime: Runtime) -> Iterator[Place]:
 def request(site: Site, plan: Plan, number: int, kind: str = "evaluate") -> Message:
     TaskIdentity.run_id = TaskIdentity.task_id = 1
     TaskIdentity.node_id = 0
-    adapter = to_record(site.runtime.workbench(plan).initial)
+    adapter = to_record(site.bench(plan).initial)
     config = ConfigRecord({"plan": plan.canonical, "round": number})
     message = Message(RecordDict({"adapter": adapter, "plan": config}), 7, kind)
     message.metadata.__dict__["_message_id"] = "request"
@@ -159,7 +159,7 @@ def test_counts_leave_with_noise_and_are_charged(place: Place, plan: Plan) -> No
     assert set(counts) == {"correct", "total"}
     assert counts["total"] != 8.0
     assert place.store.ledger.spent() == [SamplingEvent(1.0, 5.0, 1)]
-    body = place.store.ledger.entries()[1].body
+    body = place.store.ledger.entries()[2].body
     assert (body["purpose"], body["mechanism"], body["round"]) == ("evaluate", "local", 2)
 
 

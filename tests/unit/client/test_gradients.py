@@ -319,3 +319,21 @@ def test_only_adapter_and_head_are_trained(source: str) -> None:
     adapted: AdaptedBackbone = model.prefix.model
     expected = {id(p) for p in [*adapted.adapter.values(), *model.head.parameters()]}
     assert {id(p) for p in trained(model).values()} == expected
+
+
+def test_hooks_that_cannot_be_attached_leave_nothing_behind(resnet_directory: Path) -> None:
+    """Opacus refuses a BatchNorm after it has attached itself to the layers before it."""
+    changes = {
+        "backbone.source": f"dir:{resnet_directory}",
+        "adapter.method": "full",
+        "adapter.layers": "last:1",
+        "head.training": "private",
+    }
+    model, cached = site_model(Plan().replace(changes))
+    engine, verdicts = choose_engine(model, cached, LABELS)
+    assert verdicts[0].note == "(NotImplementedError)"
+    assert engine.name == "vmap"
+    assert hook_count(model) == 1  # the prefix' own
+    randomise(model)
+    truth = by_hand(model, cached, LABELS)
+    assert error(measured(engine, model, cached, LABELS), truth) < 1e-5

@@ -347,6 +347,14 @@ def test_approval_is_written_down(ledger: Ledger) -> None:
     ledger.approve(PLAN, "run")
     assert ledger.approved(PLAN)
     assert not ledger.approved("b" * 64)
+    ledger.approve("b" * 64, "run", by="policy")
+    assert ledger.approved("b" * 64, by="policy")
+    assert not ledger.approved("b" * 64)  # the operator's own word is another matter
+    ledger.approve(PLAN, "run")
+    said = [e.body for e in ledger.entries() if e.kind is Kind.APPROVE]
+    assert [(body["plan"], body["by"]) for body in said] == [
+        (PLAN, "operator"), ("b" * 64, "policy")
+    ]  # fmt: skip
 
 
 def _try_to_open(directory: Path, words: multiprocessing.Queue[str]) -> None:

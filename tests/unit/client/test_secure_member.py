@@ -70,7 +70,11 @@ class Sites:
             self.server.add_sharing(Sharing.from_bytes(self.ask(name, SecureStep.SHARE, 1, roster)))
         for name in NAMES:
             delivery = self.server.delivery(name).to_bytes()
-            self.restarted(name, lambda member, _, d=delivery: member.accept(1, d))
+
+            def accept(member: SecureMember, _: Ledger, delivery: bytes = delivery) -> None:
+                member.accept(1, delivery)
+
+            self.restarted(name, accept)
 
     def mask(self, name: str, number: int, values: np.ndarray) -> np.ndarray:
         def work(member: SecureMember, ledger: Ledger) -> np.ndarray:

@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft_client import site as site_module
 from fedgraft_client.data import Records
+from fedgraft_client.entry import Kind
 from fedgraft_client.ledger import Finished
 from fedgraft_client.policy import Policy
 from fedgraft_client.randomness import NoiseSource
@@ -110,7 +111,7 @@ def request(
 
 
 def initial(site: Site, plan: Plan) -> Tensors:
-    return site.runtime.workbench(plan).initial
+    return site.bench(plan).initial
 
 
 def status(reply: Message) -> str:
@@ -118,7 +119,7 @@ def status(reply: Message) -> str:
 
 
 def tensors(reply: Message, site: Site, plan: Plan) -> Tensors:
-    schema = site.runtime.workbench(plan).adapted.schema
+    schema = site.bench(plan).adapted.schema
     return from_record(reply.content.array_records["adapter"], schema)
 
 
@@ -178,7 +179,7 @@ def test_what_leaves_in_a_round(make_site: MakeSite, plan: Plan, mechanism: str,
     reply = site.answer(request(plan, 1, initial(site, plan)))
     assert site.last_error is None
     assert_says_only(reply, 1, Status.OK)
-    schema = site.runtime.workbench(plan).adapted.schema
+    schema = site.bench(plan).adapted.schema
     arrays = reply.content.array_records["adapter"]
     assert set(arrays) == {spec.name for spec in schema}
     for spec in schema:
@@ -509,9 +510,9 @@ def test_records_are_checked_when_a_site_is_made(runtime: Runtime, tmp_path: Pat
 
 def test_what_is_cached_is_computed_once(make_site: MakeSite, plan: Plan) -> None:
     site = make_site()
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     assert site.cached(bench) is site.cached(bench)
-    other = site.runtime.workbench(plan.replace({"seed": 5}))
+    other = site.bench(plan.replace({"seed": 5}))
     assert site.cached(other) is not site.cached(bench)
 
 
@@ -520,7 +521,8 @@ def test_the_ledger_says_what_a_round_cost(make_site: MakeSite, plan: Plan) -> N
     update(site, plan, 1)
     step = site.step(plan)
     assert step.event is not None
-    reservation = site.store.ledger.entries()[1]
+    _, agreed, reservation, _ = site.store.ledger.entries()
+    assert agreed.body == {"plan": plan.hash, "run": plan.name, "by": "policy"}
     assert {k: v for k, v in reservation.body.items() if k != "nonce"} == {
         "run": plan.name, "plan": plan.hash, "round": 1, "purpose": "train",
         "mechanism": "local", "unit": "record", "shares": 1, "colluders": 0,
@@ -592,6 +594,8 @@ def test_an_approved_plan_is_answered(make_site: MakeSite, plan: Plan) -> None:
     waiting = site.store.directory / "plans" / f"{plan.hash}.json"
     waiting.with_suffix(".approved").touch()
     assert status(site.answer(message)) == Status.OK
+    said = [e.body["by"] for e in site.store.ledger.entries() if e.kind is Kind.APPROVE]
+    assert said == ["operator"]
     changed = plan.replace({"training.learning_rate": 2.0})
     message = request(changed, 2, initial(site, changed))
     assert status(site.answer(message)) == Status.APPROVAL

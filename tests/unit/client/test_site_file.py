@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedgraft_client.opening import load_records, open_site
+from fedgraft_client.opening import open_site
 from fedgraft_client.site_file import load_site_file
 from fedgraft_common.errors import DataError, PolicyError
 
@@ -98,13 +98,14 @@ def test_delta_is_held_against_the_real_number_of_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"labels": None}, "labels"),
-        ({"labels": np.array(["a"] * 12)}, "one class number per record"),
-        ({"labels": np.zeros((12, 1), dtype=int)}, "one class number per record"),
+        ({"labels": None}, "labels: found 'no such array'"),
+        ({"labels": np.array(["a"] * 12)}, "labels: found 'a'; allowed: healthy, ill"),
+        ({"labels": np.zeros(12)}, "one class number per record"),
+        ({"labels": np.zeros((12, 1), dtype=int)}, "one int64 class index for each record"),
         ({"images": np.zeros((12, 64), dtype=np.float32)}, "images"),
     ],
 )
 def test_wrong_arrays(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     save_records(tmp_path / "train.npz", **changes)
     with pytest.raises(DataError, match=words):
-        load_records(tmp_path / "train.npz")
+        open_site(write(tmp_path, GOOD))

@@ -14,15 +14,17 @@ import torch
 from fedgraft_client.entry import Charge
 from fedgraft_client.head import LinearHead
 from fedgraft_client.store import SiteStore, load_sealed
+from fedgraft_client.tasks import build_task
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.errors import CheckpointError, LedgerError, SealedError
 from fedgraft_common.plan import Plan
+from fedgraft_common.task_spec import TaskSpec
 
 PLAN = Plan().replace({"head.training": "private"})
 
 
-def head(value: float = 0.5) -> LinearHead:
-    made = LinearHead(4, 2)
+def head(value: float = 0.5, classes: tuple[str, ...] = ("a", "b")) -> LinearHead:
+    made = LinearHead(4, 2, build_task(TaskSpec(classes=classes)))
     torch.nn.init.constant_(made.linear.weight, value)
     torch.nn.init.constant_(made.linear.bias, -value)
     return made
@@ -118,7 +120,7 @@ def test_a_plan_waits_for_the_operators_word(store: SiteStore) -> None:
 
 
 def test_a_sealed_head_comes_back_with_its_class_names(store: SiteStore) -> None:
-    path = store.seal(PLAN, head(), ("ill, acute", "gesund – ok"))
+    path = store.seal(PLAN, head(classes=("ill, acute", "gesund – ok")))
     sealed = load_sealed(path)
     again = sealed.head
     assert sealed.backbone == PLAN.backbone
@@ -129,7 +131,7 @@ def test_a_sealed_head_comes_back_with_its_class_names(store: SiteStore) -> None
 
 def test_a_sealed_head_never_takes_part_in_a_round(store: SiteStore) -> None:
     store.save_round(PLAN, 1, head(0.4), REPLY, charge(store, PLAN))
-    store.seal(PLAN, head(0.9), ("a", "b"))
+    store.seal(PLAN, head(0.9))
     own = head(0.2)
     store.last_round(PLAN, own)
     assert torch.equal(own.linear.weight, head(0.4).linear.weight)
@@ -142,7 +144,7 @@ def test_a_sealed_head_never_takes_part_in_a_round(store: SiteStore) -> None:
 def test_a_damaged_or_wrong_sealed_file_is_refused(tmp_path: Path, store: SiteStore) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         load_sealed(tmp_path / "nothing.safetensors")
-    path = store.seal(PLAN, head(), ("a", "b"))
+    path = store.seal(PLAN, head())
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -155,7 +157,7 @@ def test_a_damaged_or_wrong_sealed_file_is_refused(tmp_path: Path, store: SiteSt
 def test_files_are_for_their_owner_only(store: SiteStore) -> None:
     """A sealed head was fitted without noise: it is private data in another form."""
     store.save_round(PLAN, 1, head(), REPLY, charge(store, PLAN))
-    store.seal(PLAN, head(), ("a", "b"))
+    store.seal(PLAN, head())
     names = set()
     for path in filter(Path.is_file, store.directory.rglob("*")):
         names.add(path.name)

@@ -12,17 +12,16 @@ import pytest
 import torch
 from peft import LNTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModel
 
 from fedgraft_common.backbone import (
     Backbone,
     embedded_directory,
-    find_blocks,
     load_backbone,
 )
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.plan import Backbone as Config
+from fedgraft_common.preparations import ImagePreparation
 
 
 def load(directory: Path, sha256: str | None = None) -> Backbone:
@@ -217,7 +216,8 @@ def test_constants_fit_the_channels(copy: Path, mean: list[float], std: list[flo
 def test_without_manifest_constants_come_from_the_processor(copy: Path) -> None:
     processor = {"size": {"height": 20, "width": 20}, "image_mean": [0.2], "image_std": [0.3]}
     (copy / "preprocessor_config.json").write_text(json.dumps(processor))
-    found = load(copy).manifest.preprocessing
+    found = load(copy).preparation
+    assert isinstance(found, ImagePreparation)
     assert (found.channels, found.mean, found.std) == (1, (0.2,), (0.3,))
 
 
@@ -239,17 +239,6 @@ def test_blocks_of_a_transformer_are_its_layers(vit_directory: Path) -> None:
 
 def test_blocks_of_a_convolutional_network_are_its_stages(resnet_directory: Path) -> None:
     assert load(resnet_directory).blocks == tuple(f"encoder.stages.{i}" for i in range(3))
-
-
-def test_blocks_of_nested_lists_are_the_innermost() -> None:
-    stages = nn.Sequential(
-        nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), nn.Sequential(nn.Linear(2, 2))
-    )
-    assert find_blocks(stages) == ("0.0", "0.1", "0.2", "1.0")
-
-
-def test_a_model_without_lists_has_no_blocks() -> None:
-    assert find_blocks(nn.Linear(2, 2)) == ()
 
 
 # --- what ships with Fedgraft

@@ -22,16 +22,14 @@ def encoding(target: float, rate: float, rounds: int = 60) -> FixedPoint:
     return fixed_point(Plan().replace(changes), 1440)
 
 
-@pytest.mark.parametrize(("target", "rate"), [(1.0, 0.5), (8.0, 0.5), (8.0, 0.05), (4.0, 1.0)])
+@pytest.mark.parametrize(("target", "rate"), [(1.0, 0.5), (8.0, 0.5), (4.0, 0.25), (4.0, 1.0)])
 def test_two_computations_of_epsilon(target: float, rate: float) -> None:
     """PLD through the continuous mechanism; Rényi moments of the discrete one, a looser bound."""
     found = encoding(target, rate)
     decided = epsilon([SamplingEvent(rate, found.noise_multiplier, 60)], 1e-5)
     second = discrete_epsilon(found, rate, 60, 1e-5)
     assert decided <= target
-    assert (
-        decided < second < 1.5 * decided
-    )  # integer orders are coarse where the best one is below 2
+    assert decided < second < 1.25 * decided
     opacus = epsilon([SamplingEvent(rate, found.ratio, 60)], 1e-5, "rdp")
     assert second == pytest.approx(opacus, rel=0.03)  # which also tries fractional orders
 

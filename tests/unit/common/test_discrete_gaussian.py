@@ -104,7 +104,7 @@ def test_a_standard_deviation_out_of_range(std: float) -> None:
 
 @pytest.mark.parametrize(("std", "levels"), [(0.8, 1), (5.0, 1), (17.0, 2), (80.0, 3)])
 def test_samples_against_the_exact_probabilities(std: float, levels: int) -> None:
-    """Chi-square; small tables (base 16), so that a few lookups reach values that can be counted."""
+    """Chi-square; small tables (base 16), so that few lookups reach values that can be counted."""
     found = DiscreteGaussian(std, base=16.0)
     assert found.levels == levels
     size = 400_000

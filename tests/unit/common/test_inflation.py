@@ -70,7 +70,7 @@ def bomb(times: int) -> tuple[str, dict[str, bytes]]:
     contents = objects_of(made)
     small = next(c for c in contents.values() if b'"shape": [10000]' in c)
     large = small.replace(b'"arraychunk_ids": [0]', b'"arraychunk_ids": [' + b"0, " * times + b"0]")
-    renamed: dict[str, bytes] = {}
+    renamed: dict[str, str] = {}
     old = hashlib.sha256(small).hexdigest()
     new = hashlib.sha256(large).hexdigest()
     contents[new] = large

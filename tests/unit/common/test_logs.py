@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedgraft_common.logs import set_up_logs
+from fedgraft_common.logs import about, as_text, read_entry, set_up_logs
 
-NAMES = ("fedgraft_common", "fedgraft_client", "fedgraft_server", "fedgraft_simulations", "flwr")
+NAMES = (
+    "",
+    "fedgraft_common",
+    "fedgraft_client",
+    "fedgraft_server",
+    "fedgraft_simulations",
+    "flwr",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +38,7 @@ def lines(as_json: bool) -> list[str]:
     extra = {"action": "answer", "run": "7", "round": 3, "site": "ward 3", "accuracy": 0.91}
     log.info("answered: %s", "ok", extra=extra)
     log.info("two\nlines")
+    logging.getLogger("uvicorn.error").warning("of a library")
     log.debug("not written")
     logging.getLogger("flwr").info("not written either")
     logging.getLogger("flwr").warning("of Flower's")
@@ -44,7 +52,7 @@ def lines(as_json: bool) -> list[str]:
 def test_json_lines_hold_the_known_fields_and_nothing_else() -> None:
     found = [json.loads(line) for line in lines(as_json=True)]
     assert [line["message"] for line in found] == [
-        "answered: ok", "two\nlines", "of Flower's", "it failed"
+        "answered: ok", "two\nlines", "of a library", "of Flower's", "it failed"
     ]  # fmt: skip
     first = found[0]
     assert first.pop("time").endswith("+00:00")
@@ -52,13 +60,14 @@ def test_json_lines_hold_the_known_fields_and_nothing_else() -> None:
         "level": "info", "logger": "fedgraft_client.daemon", "action": "answer", "run": "7",
         "round": 3, "site": "ward 3", "message": "answered: ok",
     }  # fmt: skip
-    assert "round" not in found[3]
-    assert "ValueError: broken" in found[3]["exception"]
+    assert "round" not in found[4]
+    assert "ValueError: broken" in found[4]["exception"]
 
 
 def test_text_lines_are_for_people() -> None:
     found = lines(as_json=False)
     assert found[0].endswith("INFO    answered: ok  [action=answer run=7 round=3 site=ward 3]")
+    assert found[1].endswith("INFO    two\\nlines")  # nobody forges a line
     assert not any("accuracy" in line or "not written" in line for line in found)
     assert "ValueError: broken" in found[-1]
 
@@ -70,3 +79,26 @@ def test_setting_up_again_replaces_the_handler() -> None:
     logging.getLogger("fedgraft_server.x").info("once")
     assert first.getvalue() == ""
     assert second.getvalue().count("once") == 1
+
+
+def test_fields_come_from_the_line_then_the_work_at_hand_then_the_process() -> None:
+    stream = io.StringIO()
+    set_up_logs(True, stream=stream, facts={"site": "north", "run": "1"}, names={7: "south"})
+    log = logging.getLogger("fedgraft_client.x")
+    with about(run="2", round=3):
+        log.info("inside", extra={"round": 4})
+        with about(round=5):
+            log.info("deeper")
+    log.info("outside", extra={"site": 7})
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    facts = [[line.get(name) for name in ("run", "round", "site")] for line in found]
+    assert facts == [["2", 4, "north"], ["2", 5, "north"], ["1", None, "south"]]
+
+
+def test_a_json_line_is_read_and_shown_as_text() -> None:
+    as_json, text = lines(as_json=True), lines(as_json=False)
+    shown = [as_text(entry) for line in as_json if (entry := read_entry(line))]
+    without_time = [line.partition(" ")[2] for line in "\n".join(shown).splitlines()]
+    assert without_time == [line.partition(" ")[2] for line in text]
+    for other in ("INFO: text", '{"time": 1}', '{"time": ' + "[" * 100_000, "{}", "[1]", ""):
+        assert read_entry(other) is None

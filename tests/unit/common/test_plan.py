@@ -29,6 +29,11 @@ CHANGES: dict[str, object] = {
     "backbone.sha256": "0" * 64,
     "backbone.manifest_sha256": "0" * 64,
     "privacy.secure_aggregation": "summed",
+    "adapter.tokens": 4,
+    "backbone.weights": "other.safetensors",
+    "backbone.options": {"in_chans": 1},
+    "backbone.preprocessing": {"size": 64},
+    "backbone.modality": "image-text",
     "backbone.pooling": "mean",
     "backbone.frozen_dtype": "float32",
     "adapter.method": "film",
@@ -38,6 +43,7 @@ CHANGES: dict[str, object] = {
     "adapter.targets": ["query"],
     "head.training": "private",
     "head.scale": 2.0,
+    "training.class_weights": {"ill": 2.0},
     "training.expected_batch": 12.0,
     "training.sample_rate": 0.5,
     "training.local_steps": 3,
@@ -330,7 +336,7 @@ def test_every_field_is_described() -> None:
 def test_schema_refuses_unknown_keys_everywhere() -> None:
     schema = Plan.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert len(schema["$defs"]) == len(SECTIONS)
+    assert len(schema["$defs"]) == len(SECTIONS) + 2  # a column, and a simulated task
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
 
 

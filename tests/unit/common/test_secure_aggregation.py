@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -134,7 +137,7 @@ def agreements(draw: st.DrawFn) -> Terms:
     )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(agreements(), st.data())
 def test_the_sum_is_exact_or_the_round_is_aborted(agreed: Terms, data: st.DataObject) -> None:
     names = NAMES[: agreed.sites]
@@ -217,6 +220,76 @@ def test_a_masked_input_is_uniform_and_the_masks_are_fresh() -> None:
         assert kstest(masked / 2**32, "uniform").pvalue > 1e-5
     # All masks but the self-masks cancel in the sum over all sites of one round, and only there.
     assert (seen[0] + seen[1] + seen[2] != 0).any()
+
+
+def hkdf(secret_: bytes, salt: bytes, purpose: str, *numbers: int) -> bytes:
+    info = f"fedgraft secure aggregation\n{purpose}\n".encode()
+    info += b"".join(number.to_bytes(8) for number in numbers)
+    return HKDF(hashes.SHA256(), 32, salt, info).derive(secret_)
+
+
+def stream(key: bytes, agreed: Terms) -> Vector:
+    """PRG: one encryption of zeros."""
+    cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+    content = cipher.update(bytes(agreed.length * agreed.bits // 8))
+    return np.frombuffer(content, f"<u{agreed.bits // 8}")
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_against_the_equation(bits: int) -> None:
+    """y_u = x_u + PRG(b_u) + sum_{v > u} PRG(k_uv) - sum_{v < u} PRG(k_uv), term by term."""
+    agreed = terms(first_round=5, bits=bits)
+    federation = Federation(agreed)
+    salt = federation.roster.digest
+    for number, u in ((5, 0), (5, 2), (6, 4)):
+        x = federation.inputs()[NAMES[u]]
+        b = hkdf(secret(NAMES[u]), agreed.digest, "round", 0, number)
+        expected = x + stream(hkdf(b, salt, "self mask", number), agreed)
+        sk = hkdf(secret(NAMES[u]), agreed.digest, "round", 1, number)
+        for v in {0, 1, 2, 3, 4} - {u}:
+            pk = X25519PrivateKey.from_private_bytes(
+                hkdf(secret(NAMES[v]), agreed.digest, "round", 1, number)
+            ).public_key()
+            shared = X25519PrivateKey.from_private_bytes(sk).exchange(pk)
+            pair = (min(u, v), max(u, v))
+            mask = stream(hkdf(shared, salt + CONTEXT, "pair mask", number, *pair), agreed)
+            expected = expected + mask if v > u else expected - mask
+        assert federation[u].mask(number, x, CONTEXT).tolist() == expected.tolist()
+
+
+def test_either_mask_alone_hides_an_input() -> None:
+    """A late site, whose round key is opened, stays under its self-mask; a survivor, whose
+    self-mask is opened, under the masks it shares with other honest sites.
+    """
+    agreed = terms(length=50_000)
+    federation = Federation(agreed)
+    zeros = np.zeros(agreed.length, np.uint32)
+    masked = [federation[i].mask(1, zeros, CONTEXT) for i in range(5)]
+    answers = [federation[i].unmask(federation.question({0, 1, 2, 3})) for i in range(4)]
+    opened = [
+        shamir.combine(range(4), [answer.share(dealer) for answer in answers])
+        for dealer in range(5)
+    ]
+    salt = federation.roster.digest
+    assert opened[4] is not None
+    late = masked[4].copy()
+    for peer in range(4):  # all the masks that the opened key tells
+        own = X25519PrivateKey.from_private_bytes(opened[4])
+        pk = X25519PublicKey.from_public_bytes(
+            federation.roster.advertisements[peer].round_keys[:32]
+        )
+        late += stream(hkdf(own.exchange(pk), salt + CONTEXT, "pair mask", 1, peer, 4), agreed)
+    bare = [late]
+    for survivor in range(4):
+        self_mask = opened[survivor]
+        assert self_mask is not None
+        bare.append(masked[survivor] - stream(hkdf(self_mask, salt, "self mask", 1), agreed))
+    for hidden in bare:
+        counts = np.bincount(np.frombuffer(hidden.tobytes(), np.uint8), minlength=256)
+        assert chisquare(counts).pvalue > 1e-5
+    # What is left at the late site is its self-mask and nothing else.
+    b = federation[4]._round_secret(secure_aggregation._SELF_MASK, 1)
+    assert (late == stream(hkdf(b, salt, "self mask", 1), agreed)).all()
 
 
 def test_masks_that_are_not_fresh_would_be_noticed() -> None:
@@ -530,6 +603,11 @@ def test_the_server_takes_one_set_of_keys_from_each_site_in_time() -> None:
     server.close_roster()
     with pytest.raises(MessageError, match="late"):
         server.add_advertisement(advertise(NAMES[4], agreed))
+    full = SecureServer(agreed, TRUST)
+    for name in NAMES[:5]:
+        full.add_advertisement(advertise(name, agreed))
+    with pytest.raises(MessageError, match="one too many"):
+        full.add_advertisement(advertise(NAMES[5], agreed))
     assert server.advertised == set(NAMES[:4])
     assert server.close_roster().names == tuple(NAMES[:4])
 
@@ -653,6 +731,36 @@ def test_an_answer_has_one_share_of_each_site(federation: Federation) -> None:
         for holders in combinations(range(5), 4):
             secret_ = shamir.combine(holders, [shares[holder] for holder in holders])
             assert secret_ == federation[dealer]._round_secret(kind, 1)
+        for fewer in combinations(range(5), 3):
+            secret_ = shamir.combine(fewer, [shares[holder] for holder in fewer])
+            assert secret_ != federation[dealer]._round_secret(kind, 1)
+
+
+def test_nothing_that_leaves_holds_a_secret_in_the_clear(federation: Federation) -> None:
+    """Neither a secret nor a share, but the shares an answer is made of."""
+    site = federation[0]
+    site.mask(1, federation.inputs()[NAMES[0]], CONTEXT)
+    answer = site.unmask(federation.question({0, 1, 2, 3}))
+    left = federation.roster.to_bytes()
+    left += b"".join(sharing.to_bytes() for sharing in federation.sharings.values())
+    secrets = [s._round_secret(kind, t) for s in federation.sites.values() for kind, t in KINDS]
+    blobs = [blob for s in federation.sites.values() for blob in s._held]
+    shares = [blob[at : at + 33] for blob in blobs for at in range(0, len(blob), 33)]
+    assert len({*secrets, *shares}) == 5 * 4 + 5 * 5 * 4  # all different
+    assert not any(value in left for value in [*secrets, *shares])
+    assert not any(value in answer.to_bytes() for value in [*secrets, site._secret])
+    given_ = {answer.share(dealer) for dealer in range(5)}
+    assert sum(share in given_ for share in shares) == 5
+
+
+def test_no_key_encrypts_twice(federation: Federation) -> None:
+    pairs = [(u, v) for u in range(5) for v in range(5) if u != v]
+    keys = {(u, v): federation[u]._seal(federation.roster, u, v) for u, v in pairs}
+    assert len(set(keys.values())) == len(pairs)
+    assert all(federation[v]._seal(federation.roster, u, v) == keys[u, v] for u, v in pairs)
+
+
+KINDS = [(kind, t) for kind in (0, 1) for t in (1, 2)]
 
 
 def test_too_few_survivors_are_refused(federation: Federation) -> None:
@@ -813,7 +921,7 @@ def exposed(agreed: Terms, lists: dict[int, set[int]]) -> tuple[set[int], set[in
     return masks, keys
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(agreements(), st.data())
 def test_mixed_lists_open_no_second_sum(agreed: Terms, data: st.DataObject) -> None:
     n, d, c = agreed.sites, agreed.dropouts, agreed.colluders

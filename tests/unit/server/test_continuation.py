@@ -79,10 +79,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> ServerDirectory:
     with Registry(made.registry) as registry:
         for name in ("north", "south"):
             key = ec.generate_private_key(ec.SECP256R1()).public_key()
-            registry.join(
-                registry.invite(name, (), dt.timedelta(hours=1)), f"key of {name}",
-                lambda n, key=key: authority.issue_site(n, key, dt.timedelta(1), utc_now()),
-            )  # fmt: skip
+            issued = authority.issue_site(name, key, dt.timedelta(1), utc_now())
+            secret = registry.invite(name, (), dt.timedelta(hours=1))
+            registry.join(secret, f"key of {name}", {name: issued}.__getitem__)
         registry.set_node_ids({"key of north": 11, "key of south": 12})
     return made
 
@@ -112,8 +111,14 @@ def link(folder: RunFolder) -> Link:
 
 
 @pytest.fixture
-def look(directory: ServerDirectory, link: Link, clock: Clock) -> Look:
-    return Continuation(directory, cast(Runs, link), lambda: NOON, clock).look
+def alive() -> list[int]:
+    """How many processes the SuperExec has: one, that of the run."""
+    return [1]
+
+
+@pytest.fixture
+def look(directory: ServerDirectory, link: Link, clock: Clock, alive: list[int]) -> Look:
+    return Continuation(directory, cast(Runs, link), lambda: NOON, lambda: alive[0], clock).look
 
 
 def test_a_run_that_is_worked_on_is_left_alone(folder: RunFolder, link: Link, look: Look) -> None:
@@ -139,17 +144,34 @@ def test_a_run_that_is_over_is_left_alone(
     assert (link.asked, link.started) == (0, [])
 
 
-def test_a_process_gets_time_to_begin(
-    folder: RunFolder, link: Link, look: Look, clock: Clock
-) -> None:
+@pytest.mark.parametrize(("processes", "patience"), [(1, 300), (0, 3)])
+def test_a_process_gets_time_to_begin_while_it_is_alive(
+    folder: RunFolder, link: Link, look: Look, clock: Clock, alive: list[int],
+    processes: int, patience: int,
+) -> None:  # fmt: skip
+    alive[0] = processes
     look()
-    clock.now += 29
+    clock.now += patience - 1
     look()
     assert link.started == []
     clock.now += 2
     look()
     assert link.stopped == [1]
     assert len(link.started) == 1
+
+
+def test_the_process_of_another_run_does_not_count(
+    directory: ServerDirectory, folder: RunFolder, link: Link, look: Look, clock: Clock
+) -> None:
+    other = RunFolder(directory.runs / "other")
+    other.write(folder.facts)
+    lock = other.take(77)
+    look()
+    clock.now += 4
+    look()
+    assert len(link.started) == 1
+    lock.release()
+    other.forget()
 
 
 def test_a_pending_run_waits_for_the_superexec(

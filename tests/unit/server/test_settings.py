@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgraft_common.errors import ServerError
@@ -12,13 +12,14 @@ from fedgraft_server.settings import FederationTable, GatewayTable, ServerDirect
 SETTINGS = Settings(federation=FederationTable(name="test", host="::1"))
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=64))
 def test_round_trip_of_any_name(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     directory = ServerDirectory(tmp_path_factory.mktemp("server"))
     federation = FederationTable(name=name, host="fed.example.org")
-    settings = Settings(federation=federation, gateway=GatewayTable(burst=7))
-    directory.write_settings(settings)
-    assert directory.settings() == settings
+    chosen = Settings(federation=federation, gateway=GatewayTable(burst=7))
+    directory.write_settings(chosen)
+    assert directory.settings() == chosen
 
 
 def test_every_value_is_described_in_the_file() -> None:

@@ -47,7 +47,7 @@ def make_site(directory: Path, runtime: Runtime | None = None) -> Site:
 def dp_round(site: Site, plan: Plan, number: int = 1) -> Tensors:
     TaskIdentity.run_id = TaskIdentity.task_id = 1
     TaskIdentity.node_id = 0
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     config = ConfigRecord({"plan": plan.canonical, "round": number})
     content = RecordDict({"adapter": to_record(bench.initial), "plan": config})
     reply = site.answer(Message(content, dst_node_id=1, message_type="train"))
@@ -61,7 +61,7 @@ def equal(first: Tensors, second: Tensors) -> bool:
 
 def test_the_adapter_is_trained_and_fits_better(plan: Plan, tmp_path: Path) -> None:
     site = make_site(tmp_path)
-    bench = site.runtime.workbench(plan)
+    bench = site.bench(plan)
     adapter = train_alone(site, plan)
     assert set(adapter) == set(bench.initial)
     assert all(not torch.equal(adapter[n], bench.initial[n]) for n in adapter)
@@ -88,7 +88,7 @@ def test_no_gradients_are_left_behind(plan: Plan, tmp_path: Path, hooks_attached
     if hooks_attached:
         dp_round(site, plan)
     train_alone(site, plan)
-    model = site.runtime.workbench(plan).adapted
+    model = site.bench(plan).adapted
     for name, parameter in model.named_parameters():
         assert parameter.grad is None, name
         for attribute in ("grad_sample", "summed_grad"):

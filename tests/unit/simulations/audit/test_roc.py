@@ -41,8 +41,8 @@ def test_the_area_of_a_known_attack() -> None:
 
 def test_clopper_pearson_golden() -> None:
     """0 of n at 95 %: 1 - (alpha / 2)^(1 / n)."""
-    assert clopper_pearson(0, 100, 0.95) == (0.0, pytest.approx(1 - 0.025**0.01))
-    assert clopper_pearson(100, 100, 0.95) == (pytest.approx(0.025**0.01), 1.0)
+    assert clopper_pearson(0, 100, 0.95) == pytest.approx((0.0, 1 - 0.025**0.01))
+    assert clopper_pearson(100, 100, 0.95) == pytest.approx((0.025**0.01, 1.0))
 
 
 EVENT = SamplingEvent(1.0, 2.0, 4)  # one Gaussian with sigma 1: mu = 1

@@ -1,0 +1,120 @@
+"""`fedgraft data`: what is in a site's files, before anything is done with them.
+
+Exit code 1: there are broken records that may not be left out, or labels outside the map.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look at a site's data.")
+SiteFileOption = Annotated[
+    Path, typer.Option("--site", envvar="FEDGRAFT_SITE", help="The site file.")
+]
+DEFAULT = Path("site.toml")
+SHOWN = 20
+
+
+@app.callback()
+def group() -> None:
+    """Look at a site's data. Nothing of it leaves, and nothing is spent."""
+
+
+@app.command()
+def check(
+    site: SiteFileOption = DEFAULT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read every record: how many, of which shape, units, labels, and what is broken."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Reading"):
+        found = look(site)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        for name, text in _lines(found):
+            typer.echo(f"{name:<12}{text}")
+    if found["problem"]:
+        raise typer.Exit(1)
+
+
+def look(site: Path) -> dict[str, Any]:
+    """What `check` prints, as data.
+
+    Raises:
+        PolicyError: the site file is wrong.
+        DataError: the source cannot be opened.
+    """
+    from fedgraft_client.loaders.columns import ColumnsReader
+    from fedgraft_client.loaders.load import survey
+    from fedgraft_client.loaders.sheet import write_sheet
+    from fedgraft_client.site_file import load_site_file
+    from fedgraft_client.tasks import build_task
+    from fedgraft_common.modality import form_of
+
+    file, base = load_site_file(site), site.parent
+    data, task = file.data, build_task(file.spec)
+    loaded = survey(data.source, data, task, data.unit, base, file.store_directory(base))
+    records = loaded.records
+    names = ColumnsReader(data).names if loaded.modality == "tabular" and data.columns else ()
+    if loaded.modality == "tabular" and not names:
+        names = tuple(f"column {i + 1}" for i in range(records.inputs.shape[1]))  # type: ignore[union-attr]
+    sheet = write_sheet(loaded, task, names, file.store_directory(base) / "look")
+    counts: dict[str, int] = {}
+    if records.labels.dim() == 1 and not records.labels.is_floating_point():
+        for k, name in enumerate(file.spec.classes):
+            counts[name] = int((records.labels == k).sum())
+    if file.spec.kind == "multi-label":
+        counts = {
+            n: int(c) for n, c in zip(file.spec.classes, records.labels.sum(dim=0), strict=True)
+        }
+    return {
+        "source": loaded.origin,
+        "modality": loaded.modality,
+        "form": form_of(records.inputs),
+        "inputs": list(names),
+        "records": len(records),
+        "unit": data.unit,
+        "units": records.unit_count if len(records) else 0,
+        "nominal_size": data.nominal_size,
+        "task": file.spec.kind,
+        "labels": counts,
+        "columns": list(loaded.columns),
+        "broken": [{"where": where, "why": why} for where, why in loaded.broken],
+        "skip_broken": data.skip_broken,
+        "unknown_labels": dict(loaded.unknown),
+        "look": str(sheet) if sheet else None,
+        "problem": bool(loaded.unknown)
+        or (bool(loaded.broken) and not data.skip_broken)
+        or len(records) == 0,
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        ("source", found["source"]),
+        ("columns", ", ".join(found["columns"]) or "none"),
+        ("records", f"{found['records']} of {found['modality']}: {found['form']}"),
+        ("units", f"{found['units']} of {found['unit']}; {found['nominal_size']} declared"),
+        ("task", found["task"]),
+    ]
+    if found["labels"]:
+        lines.append(("labels", ", ".join(f"{name} {n}" for name, n in found["labels"].items())))
+    broken = found["broken"]
+    if broken:
+        word = "left out" if found["skip_broken"] else "refused; data.skip_broken leaves them out"
+        lines.append(("broken", f"{len(broken)} ({word})"))
+        lines += [("", f"{one['where']}: {one['why']}") for one in broken[:SHOWN]]
+        if len(broken) > SHOWN:
+            lines.append(("", f"and {len(broken) - SHOWN} more; --json lists all"))
+    if found["unknown_labels"]:
+        words = ", ".join(f"{value!r} {n}x" for value, n in found["unknown_labels"].items())
+        lines.append(("unknown", f"{words}: not in data.label_map, and no class"))
+    if found["look"]:
+        lines.append(("look at", found["look"]))
+    return lines

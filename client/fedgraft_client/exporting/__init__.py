@@ -1,0 +1,1 @@
+"""What a federation left behind, in the formats that others read."""

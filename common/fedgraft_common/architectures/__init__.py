@@ -1,0 +1,1 @@
+"""Networks that no library has and that people have weights for, or need none for."""

@@ -1,0 +1,110 @@
+"""Audits of small federations: sound ones pass, broken ones do not, equal seeds say the same.
+
+`test_every_planted_bug_is_caught_and_nothing_else` is the whole self-test; it is slow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedgraft_common.plan import Plan, load_plan
+from fedgraft_simulations.audit.egress import EgressPart
+from fedgraft_simulations.audit.mechanism import MechanismPart
+from fedgraft_simulations.audit.part import AuditContext, PartResult
+from fedgraft_simulations.audit.plants import BUGS
+from fedgraft_simulations.audit.selftest import CHANGES, PLANS, self_test
+
+SMALL = {**CHANGES, "rounds.count": 6, "sites.count": 2}
+
+
+def small_plan(**changes: object) -> Plan:
+    return load_plan(PLANS / "digits.toml").replace({**SMALL, **changes})
+
+
+def quick(plan: Plan, directory: Path, seed: int = 0) -> AuditContext:
+    plan = plan.replace({"aggregation.sites": plan.sites.count})
+    return AuditContext(plan, directory, seed, effort="quick")
+
+
+def failed(result: PartResult) -> set[str]:
+    return {finding.name for finding in result.findings if finding.verdict == "fail"}
+
+
+def silent(_: float, __: str) -> None:
+    """No progress."""
+
+
+def test_a_sound_plan_passes_and_equal_seeds_measure_the_same(tmp_path: Path) -> None:
+    first = MechanismPart().run(quick(small_plan(), tmp_path / "a"), silent)
+    assert failed(first) == set()
+    assert 0 < first.facts["epsilon_lower_bound"] < first.facts["claimed"]
+    gate = first.facts["noise, server"]
+    assert gate["canaries"] >= 500  # as many again chose the threshold
+    again = MechanismPart().run(quick(small_plan(), tmp_path / "b"), silent)
+    assert again.facts == first.facts
+    assert [f.png for f in again.figures] == [f.png for f in first.figures]
+
+
+def test_tolerated_colluders_are_an_observer_of_their_own(tmp_path: Path) -> None:
+    changes = {"sites.count": 3, "privacy.tolerated_colluders": 1, "head.training": "fixed"}
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
+    assert failed(result) == set()
+    found = result.facts
+    # three shares hide more than the two that the promise counts on
+    assert found["noise, worst"]["estimate"] > found["noise, server"]["estimate"]
+
+
+def test_the_local_mechanism_is_seen_site_by_site_over_several_steps(tmp_path: Path) -> None:
+    changes = {
+        "privacy.mechanism": "local", "training.local_steps": 2, "rounds.count": 3,
+        "training.sample_rate": None, "training.expected_batch": 9,
+    }  # fmt: skip
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
+    assert failed(result) == set()
+    assert "noise, single" in result.facts
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [("noise divided twice", "noise, server"), ("no clipping", "clipping")]
+)
+def test_a_planted_bug_is_caught(tmp_path: Path, name: str, check: str) -> None:
+    bug = next(bug for bug in BUGS if bug.name == name)
+    plan = small_plan()
+    with bug.plant(plan):
+        result = MechanismPart().run(quick(plan, tmp_path), silent)
+    assert result.verdict == "fail"
+    assert check in failed(result)
+
+
+def test_without_dp_the_audit_shows_what_goes_wrong(tmp_path: Path) -> None:
+    plan = small_plan(**{"privacy.mechanism": "none"})
+    result = MechanismPart().run(quick(plan, tmp_path), silent)
+    assert {"promise", "noise, single", "certificate"} <= failed(result)
+    assert result.facts["epsilon_lower_bound"] > 10
+    assert "Nothing is promised" in result.summary
+
+
+def test_a_site_that_sends_more_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard is switched off, and the status record carries the site's name."""
+    from fedgraft_client import site
+    from fedgraft_common.messages import write_reply
+
+    def talkative(request: object, number: int, status: object, adapter: object = None) -> object:
+        reply = write_reply(request, number, status, adapter)  # type: ignore[arg-type]
+        reply.content.config_records["status"]["records"] = 41
+        return reply
+
+    monkeypatch.setattr(site, "write_reply", talkative)
+    monkeypatch.setattr(site, "guard", lambda reply, *_: reply)
+    result = EgressPart().run(quick(small_plan(), tmp_path), silent)
+    assert "bytes" in failed(result)
+
+
+@pytest.mark.slow
+def test_every_planted_bug_is_caught_and_nothing_else(tmp_path: Path) -> None:
+    found = self_test(tmp_path)
+    assert found.caught == len(BUGS) == 6
+    assert found.false_alarms == 0
+    assert len(found.sound) == 20

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+import torch
+
+from fedgraft_client.data import Records
+from fedgraft_simulations.audit.planted import Canary, find
+
+CANARY = Canary.draw((1, 8, 8), np.random.default_rng(0))
+NOISE = np.random.default_rng(1).bytes(100_000)
+
+
+@pytest.mark.parametrize(
+    "leaked",
+    [
+        CANARY.text.encode(),
+        CANARY.text.encode("utf-16-le"),
+        CANARY.text.encode().hex().encode(),
+        CANARY.text[::-1].encode(),
+        base64.b64encode(CANARY.text.encode()),
+        base64.b64encode(b"x" + CANARY.text.encode()),
+        base64.b64encode(b"xy" + CANARY.text.encode()),
+        CANARY.text[1:22].encode(),
+        CANARY.tensor.numpy().tobytes(),
+        CANARY.tensor.double().numpy().tobytes(),
+        CANARY.tensor.half().numpy().tobytes(),
+        CANARY.tensor.numpy().astype(">f4").tobytes(),
+        (CANARY.tensor * 255).round().byte().numpy().tobytes(),
+        CANARY.tensor.numpy().tobytes()[40:80],
+    ],
+)
+def test_a_leak_is_found_between_other_bytes(leaked: bytes) -> None:
+    assert find(CANARY.needles(), NOISE[:501] + leaked + NOISE[501:]) is not None
+
+
+def test_other_bytes_are_no_leak() -> None:
+    assert find(CANARY.needles(), NOISE) is None
+    other = Canary.draw((1, 8, 8), np.random.default_rng(2))
+    assert find(CANARY.needles(), other.text.encode() + other.tensor.numpy().tobytes()) is None
+
+
+def test_derived_tensors_are_searched_for_and_zeros_are_not() -> None:
+    features = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    needles = CANARY.needles([features, torch.zeros(64)])
+    assert find(needles, features.numpy().tobytes()) is not None
+    assert find(needles, bytes(1000)) is None
+
+
+def test_it_is_planted_in_the_first_two_records() -> None:
+    records = Records(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
+    planted = CANARY.plant(records)
+    assert torch.equal(planted.images[0], CANARY.tensor)
+    written = (planted.images[1].flatten() * 255).round().byte().numpy().tobytes()
+    assert written.startswith(CANARY.text.encode())
+    assert torch.equal(records.images, torch.zeros(3, 1, 8, 8))
+    assert len(CANARY.plant(Records(records.images[:1], records.labels[:1]))) == 1
