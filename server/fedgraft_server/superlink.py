@@ -33,7 +33,6 @@ from fedgraft_server.settings import ServerDirectory, Settings
 
 HOST: Final = "127.0.0.1"
 _UNREGISTERED: Final = "unregistered"  # flwr.supercore.constant.NodeStatus
-_LOOK_FOR_RUNS: Final = "0.25"  # seconds between two looks of the SuperExec; Flower's default is 1
 
 
 class SuperLink:
@@ -108,7 +107,6 @@ class SuperLink:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _LOOK_FOR_RUNS,
             "FEDGRAFT_SERVER_DIR": str(self._directory.path),
             AS_JSON: "1",  # between processes; what people see is decided by `fedgraft server up`
         }

@@ -37,6 +37,7 @@ from fedgraft_client.policy import Policy
 from fedgraft_client.site_file import Data, Monitoring, SiteFile, load_site_file
 from fedgraft_common.cli import COMMANDS, group
 from fedgraft_common.messages import Status
+from fedgraft_common.task_spec import TaskSpec
 from fedgraft_server import authority
 from fedgraft_server.registry import utc_now
 from fedgraft_server.settings import ServerDirectory, Settings
@@ -689,18 +690,20 @@ def test_the_site_file_in_the_guide(tmp_path: Path) -> None:
 def test_the_guide_has_every_key_of_a_site_file_with_its_default() -> None:
     expected = {}
     tables: dict[str, type[BaseModel]] = {
-        "": SiteFile, "data.": Data, "policy.": Policy, "monitoring.": Monitoring,
+        "": SiteFile, "data.": Data, "task.": TaskSpec, "policy.": Policy,
+        "monitoring.": Monitoring,
     }  # fmt: skip
     for prefix, model in tables.items():
         for key, field in model.model_fields.items():
-            if key in {"data", "policy", "monitoring"}:
+            if key in {"data", "task", "policy", "monitoring"}:
                 continue
             if field.is_required():
                 expected[prefix + key] = "required"
             elif field.default is None:
                 expected[prefix + key] = "absent"
             else:
-                expected[prefix + key] = json.dumps(field.default)
+                value = field.get_default(call_default_factory=True)
+                expected[prefix + key] = json.dumps(value)
     rows = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \|", between("keys"), re.MULTILINE)
     found = {key: default.partition(":")[0].strip(" `") for key, default in rows}
     assert found == expected

@@ -17,12 +17,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
@@ -170,7 +171,7 @@ class SiteUnderAttack:
             before = self.reservations()
             message = as_message(attempt, self._asked, NODE)
             wire = ShortWire([message_to_proto(message).SerializeToString()])
-            daemon = Daemon("north", lambda wire=wire: wire, self._app, Pace(poll=0.001))
+            daemon = Daemon("north", partial(_same, wire), self._app, Pace(poll=0.001))
             wire.stop = daemon.stop
             daemon.run()
             (reply,) = wire.sent
@@ -223,9 +224,13 @@ def write_site(directory: Path, share: Share, plan: Plan) -> None:
     (directory / "site.toml").write_text(text, encoding="utf-8")
 
 
+def _same(wire: ShortWire) -> ShortWire:
+    return wire
+
+
 def arrays_of(reply: Message) -> bytes:
     """All bytes of the reply's tensors."""
-    record = reply.content.array_records.get(ADAPTER, {})
+    record = reply.content.array_records.get(ADAPTER) or ArrayRecord()
     return b"".join(record[name].data for name in sorted(record))
 
 

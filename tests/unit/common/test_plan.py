@@ -364,6 +364,24 @@ def test_noise_shares() -> None:
             _ = Plan().replace({"aggregation.sites": sites} | lost).noise_shares
 
 
+def test_sums_are_masked_unless_a_distributed_plan_says_otherwise() -> None:
+    distributed = Plan().replace(
+        {"privacy.mechanism": "distributed", "training.sample_rate": 0.5, "aggregation.sites": 4}
+    )
+    assert distributed.secure
+    assert not distributed.replace({"privacy.secure_aggregation": "summed"}).secure
+    assert not distributed.replace({"privacy.mechanism": "local"}).secure
+    assert not distributed.replace({"privacy.mechanism": "none"}).secure
+
+
+def test_plans_older_than_secure_aggregation_keep_their_hash() -> None:
+    """Masked is what a plan that says nothing means; only summing in the open is another plan."""
+    assert "secure_aggregation" not in Plan().canonical
+    summed = Plan().replace({"privacy.secure_aggregation": "summed"})
+    assert '"secure_aggregation":"summed"' in summed.canonical
+    assert parse_plan(json.loads(summed.canonical), "a").hash == summed.hash
+
+
 def test_a_run_has_a_largest_number_of_steps() -> None:
     with pytest.raises(PlanError, match="200000 steps"):
         Plan().replace({"rounds.count": 100_000, "training.local_steps": 2})

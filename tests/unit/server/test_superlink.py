@@ -38,6 +38,17 @@ def test_command_is_on_loopback_authenticated_and_installs_nothing(superlink: Su
     assert options[options.index("--database") + 1].endswith("flower.sqlite")
 
 
+def test_the_superexec_is_the_servers_own(superlink: SuperLink, tmp_path: Path) -> None:
+    """A SuperLink does not notice when the one that it started dies."""
+    options = superlink.command()
+    assert options[options.index("--isolation") + 1] == "process"
+    program, *options = superlink.superexec_command()
+    assert Path(program).name == "flower-superexec"
+    assert options[options.index("--runtime-api-address") + 1] == "127.0.0.1:1"
+    assert options[options.index("--root-certificates") + 1] == str(tmp_path / "ca.pem")
+    assert not {"--insecure", "--allow-runtime-dependency-installation"} & set(options)
+
+
 def test_environment_keeps_flower_private(superlink: SuperLink, tmp_path: Path) -> None:
     given = {"PATH": "/x", "FLWR_HOME": "/home/someone", "FLWR_TELEMETRY_ENABLED": "1", "LANG": "C"}
     made = superlink.environment(given)
