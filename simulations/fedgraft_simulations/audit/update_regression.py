@@ -127,8 +127,8 @@ class UpdateRegression:
         middle = self._step.sample_rate / 2  # mean and deviation of a weight, before anything
         system = self._precision.double()
         system.diagonal(dim1=1, dim2=2).add_(1 / middle**2)
-        evidence = self._evidence.double() + 1 / middle
-        weights: NDArray[np.float64] = torch.linalg.solve(system, evidence).numpy()
+        found: torch.Tensor = torch.linalg.solve(system, self._evidence.double() + 1 / middle)
+        weights: NDArray[np.float64] = found.numpy()
         return weights
 
     def _flat(self, tensors: Tensors) -> torch.Tensor:

@@ -34,7 +34,7 @@ def attacked_plan(digits_file: Path) -> Plan:
         {
             "name": "attacked",
             "adapter.method": "film",
-            "adapter.layers": "last:1",
+            "adapter.layers": "last:2",
             "head.scale": 16.0,
             "training.sample_rate": 0.5,
             "training.expected_batch": 12,

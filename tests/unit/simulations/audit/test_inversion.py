@@ -38,7 +38,7 @@ from fedgraft_simulations.audit.part import AuditContext, PartResult
 from fedgraft_simulations.audit.update_regression import unit_gradients
 from fedgraft_simulations.audit.victim import Victim
 
-EFFORT = Size(2, Matching(100, 2, 0.05))
+EFFORT = Size(2, Matching(150, 2, 0.05))
 
 
 def silent(done: float, doing: str) -> None:

@@ -89,7 +89,8 @@ def test_a_site_that_checks_no_signature_is_noticed(
 ) -> None:
     monkeypatch.setattr(site_module, "check_signature", lambda *_: None)
     outcomes = target.ask(target.server.before())
-    assert broken_groups(outcomes) == {"an altered plan"}
+    assert "an altered plan" in broken_groups(outcomes)
+    assert any(outcome.reserved for outcome in outcomes)  # a plan nobody signed was trained
     assert "fail" in {f.verdict for f in group_findings(outcomes)}
 
 
