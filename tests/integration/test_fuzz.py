@@ -47,6 +47,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesResponse,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
@@ -290,7 +291,7 @@ def crafted_request(data: bytes) -> None:
     _, objects, tree = made
     wire = Wire()
     wire.objects = objects
-    announced = ProtoMessage(metadata={"run_id": RUN, "message_type": "train"})
+    announced = ProtoMessage(metadata=ProtoMetadata(run_id=RUN, message_type="train"))
     response = PullMessagesResponse(messages_list=[announced], message_object_trees=[tree])
     wire.answers["pull-messages"] = 200, response.SerializeToString()
     receive(wire)
@@ -751,7 +752,12 @@ def test_good_examples_are_good(name: str) -> None:
     elif name in ("pulled", "crafted_request"):
         seen: list[Message] = []
         app = site()
-        globals()["site"] = lambda: lambda m, c: seen.append(m) or app(m, c)
+
+        def noting(message: Message, context: Context) -> Message:
+            seen.append(message)
+            return app(message, context)
+
+        globals()["site"] = lambda: noting
         try:
             tried(TARGETS[name], first)
         finally:

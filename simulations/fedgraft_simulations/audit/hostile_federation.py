@@ -70,7 +70,7 @@ def _attack(plan: Plan, share: Share, directory: Path) -> list[Finding]:
         job = {"server": str(federation.server), "altered": str(altered), "altered_sha256": sha256}
         (directory / JOB).write_text(json.dumps(job), encoding="utf-8")
         federation.start_server()
-        federation.join(share.name, share.classes, share.train.unit_count, plan)
+        federation.join(share, plan)
         home = directory / share.name
         write_site(home, share, plan)
         site_file = home / "site.toml"

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
@@ -170,7 +170,11 @@ class SiteUnderAttack:
             before = self.reservations()
             message = as_message(attempt, self._asked, NODE)
             wire = ShortWire([message_to_proto(message).SerializeToString()])
-            daemon = Daemon("north", lambda wire=wire: wire, self._app, Pace(poll=0.001))
+
+            def connect(wire: ShortWire = wire) -> ShortWire:
+                return wire
+
+            daemon = Daemon("north", connect, self._app, Pace(poll=0.001))
             wire.stop = daemon.stop
             daemon.run()
             (reply,) = wire.sent
@@ -225,7 +229,7 @@ def write_site(directory: Path, share: Share, plan: Plan) -> None:
 
 def arrays_of(reply: Message) -> bytes:
     """All bytes of the reply's tensors."""
-    record = reply.content.array_records.get(ADAPTER, {})
+    record = reply.content.array_records.get(ADAPTER, ArrayRecord())
     return b"".join(record[name].data for name in sorted(record))
 
 

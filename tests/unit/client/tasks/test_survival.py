@@ -49,7 +49,7 @@ def test_fitted_hazards_are_the_observed_shares() -> None:
     def objective() -> torch.Tensor:
         solver.zero_grad()
         loss = TASK.loss(outputs.expand(8, 3), labels).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     solver.step(objective)
