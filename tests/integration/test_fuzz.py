@@ -755,7 +755,8 @@ def test_good_examples_are_good(name: str) -> None:
 
         def noting(message: Message, context: Context) -> Message:
             seen.append(message)
-            return app(message, context)
+            reply: Message = app(message, context)
+            return reply
 
         globals()["site"] = lambda: noting
         try:

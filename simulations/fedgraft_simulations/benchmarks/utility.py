@@ -284,7 +284,7 @@ def centred(weights: Path, directory: Path) -> dict[str, str]:
     if (directory / "manifest.json").exists():
         return keys
     shutil.copy(weights, copy)
-    backbone = load_backbone(Backbone(**keys))
+    backbone = load_backbone(Backbone.model_validate(keys))
     with torch.no_grad():
         inputs = backbone.prepare(photographs(2048))
         parts = zip(*(tensor.split(256) for tensor in inputs), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +57,12 @@ def result(context: AuditContext) -> PartResult:
     return run_part(context)
 
 
-def scenes(result: PartResult) -> dict[str, dict[str, object]]:
+def scenes(result: PartResult) -> dict[str, dict[str, Any]]:
     return {scene["name"]: scene for scene in result.facts["scenes"]}
 
 
 def mean_psnr(result: PartResult, name: str) -> float:
-    return float(np.mean(scenes(result)[name]["psnr"]))  # type: ignore[arg-type]
+    return float(np.mean(scenes(result)[name]["psnr"]))
 
 
 def test_a_record_comes_back_from_its_own_gradient(result: PartResult) -> None:
