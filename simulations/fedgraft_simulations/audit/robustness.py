@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,7 @@ class SiteUnderAttack:
             before = self.reservations()
             message = as_message(attempt, self._asked, NODE)
             wire = ShortWire([message_to_proto(message).SerializeToString()])
-
-            def connect(wire: ShortWire = wire) -> ShortWire:
-                return wire
-
-            daemon = Daemon("north", connect, self._app, Pace(poll=0.001))
+            daemon = Daemon("north", partial(_same, wire), self._app, Pace(poll=0.001))
             wire.stop = daemon.stop
             daemon.run()
             (reply,) = wire.sent
@@ -227,9 +224,13 @@ def write_site(directory: Path, share: Share, plan: Plan) -> None:
     (directory / "site.toml").write_text(text, encoding="utf-8")
 
 
+def _same(wire: ShortWire) -> ShortWire:
+    return wire
+
+
 def arrays_of(reply: Message) -> bytes:
     """All bytes of the reply's tensors."""
-    record = reply.content.array_records.get(ADAPTER, ArrayRecord())
+    record = reply.content.array_records.get(ADAPTER) or ArrayRecord()
     return b"".join(record[name].data for name in sorted(record))
 
 
