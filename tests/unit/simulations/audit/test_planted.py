@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedgraft_client.data import Records
+from fedgraft_common.modality import is_pair
 from fedgraft_simulations.audit.planted import Canary, find
 
 RECORDS = Records(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
@@ -51,10 +52,23 @@ def test_derived_tensors_are_searched_for_and_zeros_are_not() -> None:
 
 
 def test_it_is_planted_in_the_first_two_records() -> None:
-    inputs = CANARY.plant(RECORDS).inputs
-    assert isinstance(inputs, torch.Tensor) and isinstance(RECORDS.inputs, torch.Tensor)
-    assert torch.equal(inputs[0], CANARY.tensor)
-    written = (inputs[1].flatten() * 255).round().byte().numpy().tobytes()
+    planted = CANARY.plant(RECORDS).inputs
+    assert isinstance(planted, torch.Tensor)
+    assert torch.equal(planted[0], CANARY.tensor)
+    written = (planted[1].flatten() * 255).round().byte().numpy().tobytes()
     assert written.startswith(CANARY.text.encode())
+    assert isinstance(RECORDS.inputs, torch.Tensor)
     assert torch.equal(RECORDS.inputs, torch.zeros(3, 1, 8, 8))
     assert len(CANARY.plant(Records(RECORDS.inputs[:1], RECORDS.labels[:1]))) == 1
+
+
+def test_it_is_planted_in_texts_and_in_pairs() -> None:
+    texts, labels = ["one", "two"], torch.tensor([0, 1])
+    canary = Canary.draw(Records(texts, labels), np.random.default_rng(0))
+    assert canary.plant(Records(texts, labels)).inputs == [canary.text, "two"]
+    assert texts == ["one", "two"]
+    pairs = Records((torch.zeros(2, 1, 8, 8), texts), labels)
+    planted = CANARY.plant(pairs).inputs
+    assert is_pair(planted)
+    assert torch.equal(planted[0][0], CANARY.tensor)
+    assert planted[1] == [CANARY.text, "two"]
