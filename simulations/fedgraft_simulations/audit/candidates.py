@@ -14,14 +14,16 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from fedgraft_client.data import Records
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached
 from fedgraft_client.runtime import Workbench
+from fedgraft_client.tasks import build_task
+from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.messages import Tensors
 from fedgraft_common.modality import Raw, is_pair, take
+from fedgraft_common.task_spec import TaskSpec
 from fedgraft_simulations.partition import Share
 
 
@@ -31,13 +33,17 @@ class Candidates:
 
     Attributes:
         share: what the site holds.
+        bench: the plan's model, with the features of the site's task.
         records: its training records, then those held out; `units` always numbered.
+        labels: (N, ...) as the task's loss takes them.
         cached: what the frozen prefix keeps of them.
         members: (U,) whether a unit was trained on.
     """
 
     share: Share
+    bench: Workbench
     records: Records
+    labels: torch.Tensor
     cached: Cached
     members: NDArray[np.bool_]
 
@@ -52,7 +58,9 @@ class Candidates:
             torch.cat([first, second + train.unit_count]),
         )
         members = np.arange(records.unit_count) < train.unit_count
-        return cls(share, records, bench.cache(records.inputs), members)
+        task = build_task(share.spec or TaskSpec(classes=share.classes))
+        labels = aligned(task, records, bench.adapted.backbone)
+        return cls(share, bench, records, labels, bench.cache(records.inputs), members)
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
@@ -79,29 +87,26 @@ class Candidates:
         total = np.bincount(self.units, weights=values)
         return total / np.bincount(self.units)
 
-    def confidence(
-        self, bench: Workbench, adapter: Tensors, head: LinearHead
-    ) -> NDArray[np.float64]:
-        """(U,) log-probability of the label under an adapter and a head, mean over records."""
-        return self.per_unit(log_probability(head, self.features(bench, adapter), self.labels))
+    def confidence(self, adapter: Tensors, head: LinearHead) -> NDArray[np.float64]:
+        """(U,) how sure a model is of the label, mean over records: see `log_probability`."""
+        return self.per_unit(log_probability(head, self.features(adapter), self.labels))
 
-    def features(self, bench: Workbench, adapter: Tensors) -> torch.Tensor:
-        """(N, D) under an adapter."""
-        return bench.features(adapter, self.cached)
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """(N,) of the records."""
-        return self.records.labels
+    def features(self, adapter: Tensors) -> torch.Tensor:
+        """(N, ...) under an adapter."""
+        return self.bench.features(adapter, self.cached)
 
 
 def log_probability(
     head: LinearHead, features: torch.Tensor, labels: torch.Tensor
 ) -> NDArray[np.float64]:
-    """(N,) log-probability of each record's own label."""
+    """(N,) log-probability of each record's own label: minus the loss of the head's task.
+
+    A task whose loss is no probability gives a number that serves as one: at most 0, larger for
+    records that the model fits better.
+    """
     with torch.no_grad():
-        loss = functional.cross_entropy(head.cpu()(features).double(), labels, reduction="none")
-    return -loss.numpy()
+        loss = head.task.loss(head.cpu()(features).double(), labels)
+    return -loss.clamp(min=0).numpy()
 
 
 def together(first: Raw, second: Raw) -> Raw:

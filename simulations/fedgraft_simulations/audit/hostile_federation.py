@@ -10,12 +10,16 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from fedgraft_client.site_file import load_site_file
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.backbone import load_backbone
 from fedgraft_common.errors import ServerError
 from fedgraft_common.mechanism import step_noise
+from fedgraft_common.modality import fits
 from fedgraft_common.plan import Plan
 from fedgraft_server.registry import Registry
 from fedgraft_server.runs import STUB, Runs, stub
@@ -28,11 +32,23 @@ from fedgraft_simulations.audit.robustness import (
     alter_backbone,
     ledger_finding,
     plan_of_attack,
-    write_site,
 )
 from fedgraft_simulations.federation.processes import COMMAND, Federation
 from fedgraft_simulations.partition import Share
 
+SITE_FILE = """name = "{name}"
+classes = {classes}
+device = "cpu"
+[data]
+name = "records"
+source = "train.npz"
+unit = "{unit}"
+nominal_size = {units}
+[policy]
+maximum_epsilon = {epsilon}
+maximum_delta = {delta}
+backbones = ["{backbone}"]
+"""
 START = 90.0  # seconds for a server and a site to find each other
 RUN = 300.0  # seconds for all attempts
 
@@ -49,17 +65,37 @@ def attack_processes(plan: Plan, share: Share, directory: Path) -> list[Finding]
         What the site answered, and what its ledger says; one finding that decides nothing if the
         processes could not be started on this machine.
     """
+    if share.spec is not None or not fits(share.train.inputs, "image"):
+        return [_not_tried("the site is written as a file of images with classes")]
     try:
         return _attack(plan, share, directory)
     except (ServerError, OSError) as error:
-        return [
-            Finding(
-                "Over real processes a site refuses the same",
-                "not tried: the processes did not start",
-                "info",
-                str(error).splitlines()[0],
-            )
-        ]
+        return [_not_tried(f"the processes did not do as they should: {error}")]
+
+
+def _not_tried(why: str) -> Finding:
+    words = why.splitlines()[0]
+    return Finding("Over real processes a site refuses the same", "not tried", "info", words)
+
+
+def write_site(directory: Path, share: Share, plan: Plan) -> None:
+    """Writes `site.toml` and `train.npz` of a site that allows this backbone and this epsilon."""
+    images = share.train.inputs
+    assert isinstance(images, torch.Tensor)  # noqa: S101 - see `attack_processes`
+    arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": share.train.labels.numpy()}
+    if share.train.units is not None:
+        arrays[plan.privacy.unit] = share.train.units.numpy()
+    np.savez(directory / "train.npz", **arrays)  # type: ignore[arg-type]
+    text = SITE_FILE.format(
+        name=share.name,
+        classes=json.dumps(list(share.classes)),
+        unit=plan.privacy.unit,
+        units=share.train.unit_count,
+        epsilon=plan.privacy.epsilon,
+        delta=plan.privacy.delta,
+        backbone=plan.backbone.sha256,
+    )
+    (directory / "site.toml").write_text(text, encoding="utf-8")
 
 
 def _attack(plan: Plan, share: Share, directory: Path) -> list[Finding]:

@@ -42,6 +42,7 @@ from fedgraft_simulations.audit.gradient_matching import (
     total_variation,
 )
 from fedgraft_simulations.audit.likeness import identified, lpips, lpips_missing, psnr, ssim
+from fedgraft_simulations.audit.membership import candidates_of
 from fedgraft_simulations.audit.part import AuditContext, Figure, Finding, PartResult, Report, worst
 from fedgraft_simulations.audit.rehearsal import Rehearsal
 from fedgraft_simulations.audit.roc import to_png
@@ -127,12 +128,13 @@ class InversionPart:
         size, run = SIZES[context.effort], context.rehearsal
         bench = run.sites[0].bench(run.plan)
         progress(0.05, "what the attacker sees")
-        candidates = [Candidates.of(share, bench) for share in run.shares]
+        candidates = candidates_of(run)
         targets = choose_targets(context, candidates, size.targets)
         adapter = bench.initial if run.plan.head.training == "fixed" else run.adapter
         heads = [site.trained_head(run.plan) for site in run.sites]
-        if bench.adapted.backbone.modality != "image":
-            return _not_attacked(self, bench.adapted.backbone.modality, started)
+        kind = bench.adapted.backbone.modality
+        if kind != "image" or any(site.labels.dim() != 1 for site in candidates):
+            return _not_attacked(self, "another task" if kind == "image" else kind, started)
         victims = {t.site: Victim.of_images(run.plan, adapter, heads[t.site]) for t in targets}
         seen = observe(context, run, candidates, targets, victims, adapter)
         bench.release()
@@ -141,7 +143,7 @@ class InversionPart:
         noise = [site.step(run.plan).head_std for site in run.sites]
         random = context.random("inversion", "head")
         analytic = analytic_hits(candidates, targets, victims, noise, random)
-        gallery = sum(len(site.labels) for site in candidates)
+        gallery = min(alike(candidates, target) for target in targets)
         words = recover_texts(context.random("inversion", "text"), max(noise) or 1.0)
         findings = (
             *_findings(run.plan.privacy.mechanism, scenes, analytic, gallery),
@@ -194,6 +196,13 @@ def choose_targets(
         rows = np.flatnonzero(candidates[site].members[candidates[site].units])
         found.append(Target(site, int(random.choice(rows))))
     return found
+
+
+def alike(candidates: Sequence[Candidates], target: Target) -> int:
+    """How many records have a target's label: whoever knows it guesses one of these."""
+    site = candidates[target.site]
+    same = [c.labels for c in candidates if c.share.classes == site.share.classes]
+    return int((torch.cat(same) == site.labels[target.row]).sum())
 
 
 def truths(candidates: Sequence[Candidates], targets: Sequence[Target]) -> torch.Tensor:
@@ -351,10 +360,10 @@ def attackers_images(
     candidates: Sequence[Candidates], site: Candidates
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Held-out images and labels of every site with the same classes: what the attacker owns."""
-    alike = [c for c in candidates if c.share.classes == site.share.classes]
-    held = [~torch.from_numpy(c.members[c.units]) for c in alike]
-    images = [images_of(c)[rows] for c, rows in zip(alike, held, strict=True)]
-    labels = [c.labels[rows] for c, rows in zip(alike, held, strict=True)]
+    same = [c for c in candidates if c.share.classes == site.share.classes]
+    held = [~torch.from_numpy(c.members[c.units]) for c in same]
+    images = [images_of(c)[rows] for c, rows in zip(same, held, strict=True)]
+    labels = [c.labels[rows] for c, rows in zip(same, held, strict=True)]
     return torch.cat(images), torch.cat(labels)
 
 
@@ -406,8 +415,8 @@ def analytic_hits(
         }
         for name, (rows, column) in views.items():
             found = functional.normalize(layer_input(rows[None], column[None]), dim=1)
-            alike = (found @ functional.normalize(known, dim=1).T).abs()[0]
-            hits[name] += int(alike.argmax()) == target.row
+            cosine = (found @ functional.normalize(known, dim=1).T).abs()[0]
+            hits[name] += int(cosine.argmax()) == target.row
     return hits
 
 
@@ -450,7 +459,7 @@ def described(scene: Scene) -> str:
 
 
 def leaks(scene: Scene, prior: Scene, gallery: int) -> bool:
-    """Whether a scene shows more of the records than the prior does.
+    """Whether a scene shows more of the records than the prior, or a guess among `gallery`, does.
 
     More records are identified than guessing explains (binomial, at `SIGNIFICANCE`), or the
     pictures are `GAIN` dB nearer on average.

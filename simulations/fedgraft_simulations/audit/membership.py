@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedgraft_client.head import LinearHead
 from fedgraft_client.refit import refit_head
-from fedgraft_client.site import Site, SiteConfig
+from fedgraft_client.site import Site
 from fedgraft_client.store import SiteStore
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.mechanism import StepNoise
@@ -86,8 +86,7 @@ class MembershipPart:
         size, plan = SIZES[context.effort], context.plan
         progress(0.0, "rehearsing the plan")
         run = context.rehearsal
-        bench = run.sites[0].bench(run.plan)
-        candidates = [Candidates.of(share, bench) for share in run.shares]
+        candidates = candidates_of(run)
         members = np.concatenate([site.members for site in candidates])
         progress(0.1, "reference runs")
         released = attack_released(context, candidates, members, size.references, progress)
@@ -213,10 +212,7 @@ def reference_run(
     def site(index: int) -> Site:
         share = run.shares[index]
         return Site(
-            SiteConfig(
-                f"{share.name}-reference-{number}", share.classes, share.train.unit_count,
-                simulated=True,
-            ),
+            replace(run.sites[index].config, name=f"{share.name}-reference-{number}"),
             candidates[index].taken(chosen[index]),
             run.sites[index].runtime,
             SiteStore(directory / "sites" / share.name, durable=False, unit=run.plan.privacy.unit),
@@ -240,25 +236,24 @@ def attack_updates(
         With the noise taken for what is claimed, and for little of it; one curve without DP.
     """
     plan = run.plan
-    bench = run.sites[0].bench(plan)
     heads = [site.trained_head(plan) for site in run.sites]
     steps = [site.step(plan) for site in run.sites]
     summed = plan.privacy.mechanism == "distributed"
     groups = [list(range(len(candidates)))] if summed else [[i] for i in range(len(candidates))]
     attacks = [
         UpdateRegression(
-            plan, bench, [candidates[i] for i in group], [heads[i] for i in group],
+            plan, [candidates[i] for i in group], [heads[i] for i in group],
             steps[group[0]], len(group), context.random("membership", "values"),
         )
         for group in groups
     ]  # fmt: skip
     spread = np.linspace(1, plan.rounds.count, min(rounds, plan.rounds.count))
     wanted = set(spread.round().astype(int).tolist())
-    schema = bench.adapted.schema
+    schema, initial = candidates[0].bench.adapted.schema, candidates[0].bench.initial
     asked = (exchange for exchange in run.exchanges("train") if exchange.round in wanted)
     for number, exchanges in groupby(asked, key=lambda exchange: exchange.round):
         sent: dict[int, Tensors] = {}
-        before = bench.initial
+        before = initial
         for exchange in exchanges:
             before = from_record(exchange.request.content.array_records[ADAPTER], schema)
             arrays = exchange.reply.content.array_records[ADAPTER]
@@ -290,13 +285,12 @@ def attack_heads(context: AuditContext, candidates: Sequence[Candidates], count:
     as an attacker wants, each on as many random units of the site as the site trained on.
     """
     run = context.rehearsal
-    bench = run.sites[0].bench(run.plan)
     found: dict[str, list[NDArray[np.float64]]] = {
         "LiRA": [], "RMIA": [], "Attack-R": [], "Attack-P": []
     }  # fmt: skip
     for index, site in enumerate(candidates):
         random = context.random("membership", "heads", index)
-        features = site.features(bench, run.adapter)
+        features = site.features(run.adapter)
         start = run.sites[index].trained_head(run.plan)
         had = np.stack([site.choose(random) for _ in range(count)])
 
@@ -326,12 +320,19 @@ def worst_step(run: Rehearsal) -> StepNoise:
     return max((site.step(run.plan) for site in run.sites), key=lambda step: step.epsilon(delta))
 
 
+def candidates_of(run: Rehearsal) -> list[Candidates]:
+    """Of every site of a run."""
+    return [
+        Candidates.of(share, site.bench(run.plan))
+        for share, site in zip(run.shares, run.sites, strict=True)
+    ]
+
+
 def _confidence(run: Rehearsal, candidates: Sequence[Candidates]) -> NDArray[np.float64]:
     """What a run's released adapter, with each site's DP-trained or fixed head, is sure of."""
-    bench = run.sites[0].bench(run.plan)
     return np.concatenate(
         [
-            candidate.confidence(bench, run.adapter, site.trained_head(run.plan))
+            candidate.confidence(run.adapter, site.trained_head(run.plan))
             for candidate, site in zip(candidates, run.sites, strict=True)
         ]
     )

@@ -1,7 +1,7 @@
 """A malicious server against the real daemon: what it tries is refused, and costs nothing.
 
-The daemon, the site, its policy, its ledger and its egress guard are those of `fedgraft site up`,
-opened from a site file with the records of one simulated site; only the wire is short. A word that
+The daemon, the site, its policy, its ledger on disk, its randomness and its egress guard are those
+of `fedgraft site up`, with the records of one simulated site; only the wire is short. A word that
 is not the expected one, a reservation in the ledger beyond those of honest rounds, or a refusal
 that carries anything but its word, fails the audit.
 
@@ -12,7 +12,6 @@ SuperLink, and `fedgraft site up` as processes of their own (`hostile_federation
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ArrayRecord, Message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -35,8 +32,10 @@ from fedgraft_client.app import client_app
 from fedgraft_client.connection import Outgoing
 from fedgraft_client.daemon import Daemon, Pace
 from fedgraft_client.entry import Kind
-from fedgraft_client.opening import open_site
-from fedgraft_client.site import Site
+from fedgraft_client.policy import Policy
+from fedgraft_client.runtime import Runtime
+from fedgraft_client.site import Site, SiteConfig
+from fedgraft_client.store import SiteStore
 from fedgraft_common.accounting import SamplingEvent, epsilon
 from fedgraft_common.backbone import load_backbone
 from fedgraft_common.messages import ADAPTER, COUNTS, STATUS, Status, read_status
@@ -46,19 +45,6 @@ from fedgraft_simulations.audit.part import AuditContext, Finding, PartResult, R
 from fedgraft_simulations.partition import Share, partition
 
 NODE = 7
-SITE_FILE = """name = "{name}"
-classes = {classes}
-device = "cpu"
-[data]
-name = "records"
-source = "train.npz"
-unit = "{unit}"
-nominal_size = {units}
-[policy]
-maximum_epsilon = {epsilon}
-maximum_delta = {delta}
-backbones = ["{backbone}"]
-"""
 
 
 @dataclass(slots=True)
@@ -137,10 +123,21 @@ class SiteUnderAttack:
         backbone = load_backbone(plan.backbone)
         self.plan = plan_of_attack(plan, backbone.sha256)
         self.operator = Ed25519PrivateKey.generate()
-        write_site(directory, share, self.plan)
         altered, sha256 = alter_backbone(backbone.directory, directory / "altered")
-        self.site: Site = open_site(directory / "site.toml", self.operator.public_key())
-        initial = self.site.runtime.workbench(self.plan).initial
+        privacy = self.plan.privacy
+        self.site = Site(
+            SiteConfig("north", share.classes, share.train.unit_count, task=share.spec),
+            share.train,
+            Runtime("cpu"),
+            SiteStore(directory / "home", dataset="records", unit=privacy.unit),
+            Policy(
+                maximum_epsilon=privacy.epsilon,
+                maximum_delta=privacy.delta,
+                backbones=(backbone.sha256,),
+            ),
+            operator_key=self.operator.public_key(),
+        )
+        initial = self.site.bench(self.plan).initial
         self.server = HostileServer(self.plan, self.operator, initial, str(altered), sha256)
         self._app = client_app(lambda _: self.site)
         self._asked = 0
@@ -204,26 +201,6 @@ def plan_of_attack(plan: Plan, backbone: str) -> Plan:
     )
 
 
-def write_site(directory: Path, share: Share, plan: Plan) -> None:
-    """Writes `site.toml` and `train.npz` of a site that allows this backbone and this epsilon."""
-    images = share.train.inputs
-    assert isinstance(images, torch.Tensor)  # noqa: S101 - the part refuses other modalities
-    arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "labels": share.train.labels.numpy()}
-    if share.train.units is not None:
-        arrays[plan.privacy.unit] = share.train.units.numpy()
-    np.savez(directory / "train.npz", **arrays)  # type: ignore[arg-type]
-    text = SITE_FILE.format(
-        name=share.name,
-        classes=json.dumps(list(share.classes)),
-        unit=plan.privacy.unit,
-        units=share.train.unit_count,
-        epsilon=plan.privacy.epsilon,
-        delta=plan.privacy.delta,
-        backbone=plan.backbone.sha256,
-    )
-    (directory / "site.toml").write_text(text, encoding="utf-8")
-
-
 def _same(wire: ShortWire) -> ShortWire:
     return wire
 
@@ -266,8 +243,6 @@ class RobustnessPart:
         started = time.perf_counter()
         progress(0.0, "a site of its own")
         share = partition(context.plan)[0]
-        if not isinstance(share.train.inputs, torch.Tensor) or share.train.inputs.dim() != 4:
-            return _not_attacked(self, started)
         target = SiteUnderAttack(context.plan, share, context.directory / self.name / "site")
         try:
             outcomes = attack(target, progress)
@@ -371,20 +346,6 @@ def ledger_finding(plan: Plan, ledger: Path, event: SamplingEvent, honest: int) 
         f"{check.entries} signed lines, {len(check.faults)} faults, witness compared: "
         f"{check.witnessed}.",
     )
-
-
-def _not_attacked(part: RobustnessPart, started: float) -> PartResult:
-    finding = Finding(
-        "A site refuses what a malicious server tries",
-        "not attacked: the plan's records are not images",
-        "info",
-        "The attacked site is written as a file of images.",
-    )
-    return PartResult(
-        part.name, part.title, "info", "Not attacked: this part needs a plan on images.",
-        (finding,), (), {}, ("A malicious server was not tried against records of this kind.",),
-        time.perf_counter() - started,
-    )  # fmt: skip
 
 
 def _facts(outcome: Outcome) -> dict[str, object]:

@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 
 from fedgraft_client.head import LinearHead
-from fedgraft_client.runtime import Workbench
 from fedgraft_common.mechanism import StepNoise
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
@@ -49,7 +48,6 @@ class UpdateRegression:
 
     Args:
         plan: the run.
-        bench: its model.
         candidates: of the sites whose updates come in as one: one site, or all of them where the
             server sees only the sum.
         heads: of the same sites, as far as the attacker knows them.
@@ -64,7 +62,6 @@ class UpdateRegression:
     def __init__(
         self,
         plan: Plan,
-        bench: Workbench,
         candidates: Sequence[Candidates],
         heads: Sequence[LinearHead],
         step: StepNoise,
@@ -72,10 +69,10 @@ class UpdateRegression:
         random: np.random.Generator,
     ) -> None:
         self._plan = plan
-        self._bench = bench
         self._candidates = candidates
         self._heads = heads
         self._step = step
+        bench = candidates[0].bench
         noise = step.adapter_std * math.sqrt(shares)
         self.beliefs = tuple(share * noise for share in BELIEFS) if noise else (0.0,)
         size = sum(t.numel() for t in bench.initial.values())
@@ -106,9 +103,7 @@ class UpdateRegression:
             update = (self._flat(before) - self._flat(sent)) / rate
         gradients = torch.cat(
             [
-                unit_gradients(self._bench, before, head, site, self._step.clipping_norm)[
-                    :, self._chosen
-                ]
+                unit_gradients(before, head, site, self._step.clipping_norm)[:, self._chosen]
                 for site, head in zip(self._candidates, self._heads, strict=True)
             ]
         ).to(self._dtype)
@@ -136,12 +131,11 @@ class UpdateRegression:
 
 
 def unit_gradients(
-    bench: Workbench, adapter: Tensors, head: LinearHead, site: Candidates, clipping_norm: float
+    adapter: Tensors, head: LinearHead, site: Candidates, clipping_norm: float
 ) -> torch.Tensor:
     """The clipped adapter gradient of each unit, computed as the trainer does.
 
     Args:
-        bench: the plan's model.
         adapter: where the round starts.
         head: of the site.
         site: its candidates.
@@ -150,6 +144,7 @@ def unit_gradients(
     Returns:
         (U, values of the adapter) float32.
     """
+    bench = site.bench
     model, engine = bench.trainer(head)
     bench.adapted.load(adapter)
     own = list(bench.adapted.adapter.values())

@@ -78,7 +78,7 @@ class Victim(nn.Module):
     def __init__(self, encoder: nn.Module, head: LinearHead) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = LinearHead(head.linear.in_features, head.linear.out_features)
+        self.head = LinearHead(head.linear.in_features, head.linear.out_features, head.task)
         self.head.load_state_dict(head.state_dict())
         self.head.requires_grad_(False)
         self.adapter = {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -103,8 +103,8 @@ class Victim(nn.Module):
     def _loss(
         self, adapter: dict[str, torch.Tensor], one: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
-        logits = functional_call(self, adapter, (one[None],))
-        return functional.cross_entropy(logits, label[None])
+        outputs = functional_call(self, adapter, (one[None],))
+        return self.head.task.loss(outputs, label[None]).sum()
 
     def gradients(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(N, D) of each record's own loss, differentiable in the inputs."""
@@ -132,8 +132,8 @@ class Victim(nn.Module):
         def loss(
             head: dict[str, torch.Tensor], features: torch.Tensor, label: torch.Tensor
         ) -> torch.Tensor:
-            logits = functional_call(self.head, head, (features[None],))
-            return functional.cross_entropy(logits, label[None])
+            outputs = functional_call(self.head, head, (features[None],))
+            return self.head.task.loss(outputs, label[None]).sum()
 
         with torch.no_grad():
             features = self.encoder(inputs)

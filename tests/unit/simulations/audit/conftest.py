@@ -9,6 +9,7 @@ import pytest
 
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.candidates import Candidates
+from fedgraft_simulations.audit.membership import candidates_of
 from fedgraft_simulations.audit.part import AuditContext
 
 SITES, RECORDS = 2, 96
@@ -61,6 +62,4 @@ def context(attacked_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Au
 @pytest.fixture(scope="package")
 def candidates(context: AuditContext) -> list[Candidates]:
     """Of both sites."""
-    run = context.rehearsal
-    bench = run.sites[0].runtime.workbench(run.plan)
-    return [Candidates.of(share, bench) for share in run.shares]
+    return candidates_of(context.rehearsal)

@@ -36,7 +36,7 @@ def test_random_choices_have_as_many_units_and_differ(candidates: list[Candidate
 
 def test_a_unit_is_the_mean_of_its_records_and_stays_whole(context: AuditContext) -> None:
     run = context.rehearsal
-    bench, share = run.sites[0].runtime.workbench(run.plan), run.shares[0]
+    bench, share = run.sites[0].bench(run.plan), run.shares[0]
     paired = replace(
         share,
         train=Records(share.train.inputs, share.train.labels, torch.arange(len(share.train)) // 2),

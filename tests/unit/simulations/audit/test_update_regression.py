@@ -34,9 +34,8 @@ def attack(
     context: AuditContext, sites: Sequence[Candidates], plan: Plan, step: StepNoise, shares: int
 ) -> UpdateRegression:
     run = context.rehearsal
-    bench = run.sites[0].runtime.workbench(run.plan)
     heads = [run.sites[0].trained_head(run.plan)] * len(sites)
-    return UpdateRegression(plan, bench, sites, heads, step, shares, context.random("values"))
+    return UpdateRegression(plan, sites, heads, step, shares, context.random("values"))
 
 
 def sums(
@@ -44,7 +43,7 @@ def sums(
 ) -> Tensors:
     """What a site's trainer makes of a batch."""
     run = context.rehearsal
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     _, engine = bench.trainer(run.sites[0].trained_head(run.plan))
     bench.adapted.load(bench.initial)
     parameters = list(bench.adapted.adapter.values())
@@ -62,7 +61,7 @@ def rounds(
     context: AuditContext, site: Candidates, step: StepNoise, count: int, members: np.ndarray
 ) -> tuple[UpdateRegression, np.ndarray]:
     """Poisson batches of `members`; the attack after them, and who was ever sampled."""
-    bench = context.rehearsal.sites[0].runtime.workbench(context.rehearsal.plan)
+    bench = context.rehearsal.sites[0].bench(context.rehearsal.plan)
     found = attack(context, [site], context.rehearsal.plan, step, 1)
     random = np.random.default_rng(5)
     sampled = np.zeros(len(members), dtype=bool)
@@ -78,10 +77,10 @@ def test_the_attackers_gradients_are_the_trainers(
 ) -> None:
     """The clipped sum over a batch, by the trainer, is the sum of the attacker's rows."""
     run, site = context.rehearsal, candidates[0]
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     step = noise_of(0.0, clip=0.7)
     head = run.sites[0].trained_head(run.plan)
-    rows = unit_gradients(bench, bench.initial, head, site, step.clipping_norm)
+    rows = unit_gradients(bench.initial, head, site, step.clipping_norm)
     assert float(rows.norm(dim=1).max()) <= 0.7 * (1 + 1e-5)
     total = sums(context, site, step, site.members, 0)
     flat = torch.cat([total[name].flatten() for name in bench.adapted.adapter])
@@ -126,7 +125,7 @@ def test_an_update_is_read_as_a_gradient_whatever_the_mechanism(
 ) -> None:
     """`local` sends the adapter after a step; the step size is public."""
     run, site = context.rehearsal, candidates[0]
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     step = noise_of(0.0)
     total = sums(context, site, step, site.members, 0)
     local = run.plan.replace({"privacy.mechanism": "local"})
@@ -141,7 +140,7 @@ def test_an_update_is_read_as_a_gradient_whatever_the_mechanism(
 def test_sites_together_are_one_system(context: AuditContext, candidates: list[Candidates]) -> None:
     step = noise_of(0.0)
     found = attack(context, candidates, context.rehearsal.plan, step, 2)
-    bench = context.rehearsal.sites[0].runtime.workbench(context.rehearsal.plan)
+    bench = context.rehearsal.sites[0].bench(context.rehearsal.plan)
     every = [sums(context, site, step, site.members, 0) for site in candidates]
     found.add(1, bench.initial, {n: every[0][n] + every[1][n] for n in every[0]})
     members = np.concatenate([site.members for site in candidates])
@@ -165,7 +164,7 @@ def test_noise_that_is_claimed_and_missing_is_not_believed_in(
 ) -> None:
     """Updates without noise, under a claim of much: the second belief reads them off."""
     site = candidates[0]
-    bench = context.rehearsal.sites[0].runtime.workbench(context.rehearsal.plan)
+    bench = context.rehearsal.sites[0].bench(context.rehearsal.plan)
     found = attack(context, [site], context.rehearsal.plan, noise_of(5.0, clip=1.0), 1)
     random, sampled = np.random.default_rng(5), np.zeros(len(site.members), dtype=bool)
     for number in (1, 2, 3):

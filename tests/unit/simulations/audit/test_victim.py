@@ -16,14 +16,14 @@ def test_gradients_of_images_are_those_of_the_trainer(
     context: AuditContext, candidates: list[Candidates]
 ) -> None:
     run, site = context.rehearsal, candidates[0]
-    bench = run.sites[0].runtime.workbench(run.plan)
+    bench = run.sites[0].bench(run.plan)
     head = run.sites[0].trained_head(run.plan)
     adapter = {name: tensor + 0.05 for name, tensor in bench.initial.items()}
     victim = Victim.of_images(run.plan, adapter, head)
     images = site.records.inputs
     assert isinstance(images, torch.Tensor)
     found = victim.gradients(images[:6], site.labels[:6])
-    truth = unit_gradients(bench, adapter, head, site, float("inf"))[:6]
+    truth = unit_gradients(adapter, head, site, float("inf"))[:6]
     names = list(bench.adapted.adapter)
     sizes = [bench.initial[name].numel() for name in names]
     for row, expected in zip(found, truth, strict=True):
