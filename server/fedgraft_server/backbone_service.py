@@ -31,7 +31,8 @@ from fedgraft_common.backbone_protocol import (
     ManifestRequest,
     read_request,
 )
-from fedgraft_common.errors import BackboneError, FedgraftError, MessageError
+from fedgraft_common.certificates import is_pair, read_certificate, read_pem, read_private_key
+from fedgraft_common.errors import BackboneError, FedgraftError, IdentityError, MessageError
 from fedgraft_server.backbone_library import BackboneLibrary
 from fedgraft_server.bandwidth import Bandwidth
 
@@ -61,6 +62,22 @@ class ServerTls:
     ca: bytes
     certificate: bytes
     key: bytes
+
+    @classmethod
+    def of(cls, directory: _Directory) -> ServerTls | None:
+        """What a server directory holds now; None while its certificate is being replaced.
+
+        Raises:
+            IdentityError: a file is missing or damaged.
+        """
+        certificate, key = directory.server
+        found = cls(read_pem(directory.ca[0]), read_pem(certificate), read_pem(key))
+        pair = is_pair(read_certificate(certificate), read_private_key(key))
+        return found if pair else None
+
+    def configuration(self) -> Any:
+        """For gRPC."""
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], self.ca)
 
 
 class BackboneService:
@@ -176,6 +193,7 @@ def serve_backbones(
     address: str,
     tls: ServerTls,
     service: BackboneService,
+    renewed: Callable[[], ServerTls | None] = lambda: None,
 ) -> Iterator[int]:
     """Runs the service until the context ends.
 
@@ -183,6 +201,7 @@ def serve_backbones(
         address: `host:port` to listen on; port 0 takes a free one.
         tls: the server's certificate and the CA.
         service: what is served.
+        renewed: what new connections are to get, asked for each; None for what they got so far.
 
     Yields:
         The port.
@@ -208,8 +227,10 @@ def serve_backbones(
         status = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         server.add_generic_rpc_handlers((service.handlers(),))
-        credentials = grpc.ssl_server_credentials(
-            [(tls.key, tls.certificate)], tls.ca, require_client_auth=True
+        credentials = grpc.dynamic_ssl_server_credentials(
+            tls.configuration(),
+            lambda: None if (now := renewed()) is None else now.configuration(),
+            require_client_authentication=True,
         )
         try:
             port: int = server.add_secure_port(address, credentials)
@@ -256,8 +277,20 @@ class _Directory(Protocol):
 def serve(directory: _Directory, registry: Registry) -> contextlib.AbstractContextManager[int]:
     """The service of a server directory, beside its gateway (`fedgraft server up`)."""
     settings = directory.settings()
-    certificate, key = directory.server
-    tls = ServerTls(directory.ca[0].read_bytes(), certificate.read_bytes(), key.read_bytes())
+    tls = ServerTls.of(directory)
+    if tls is None:
+        raise BackboneError(
+            str(directory.server[1]), "a key that does not belong to the certificate", "its own",
+            "Start again: the server then makes a new pair.",
+        )  # fmt: skip
+
+    def renewed() -> ServerTls | None:
+        try:
+            return ServerTls.of(directory)
+        except IdentityError as error:
+            LOG.warning("certificate not read: %s", error, extra={"action": "renew-server"})
+            return None
+
     table = settings.backbone
     bandwidth = Bandwidth(
         getattr(table, "total_bytes_per_second", None),
@@ -270,7 +303,7 @@ def serve(directory: _Directory, registry: Registry) -> contextlib.AbstractConte
     )
     host = settings.gateway.bind
     shown = f"[{host}]" if ":" in host else host
-    return serve_backbones(f"{shown}:{table.port}", tls, service)
+    return serve_backbones(f"{shown}:{table.port}", tls, service, renewed)
 
 
 def _read(kind: Any, content: bytes, context: Any) -> Any:

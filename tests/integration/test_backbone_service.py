@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -608,6 +609,32 @@ def test_a_server_directory_is_served(library: Library, tmp_path: Path, store: B
     with serve(directory, registry) as bound:
         assert bound == port
         assert fetch(f"127.0.0.1:{port}", store, manifest).is_dir()
+        assert shown_to_sites(port, tmp_path) == SERVER[0]
+        renewed = AUTHORITY.issue("server")
+        (tmp_path / "s.key").write_bytes(renewed[1])  # as the server renews: first the key
+        assert shown_to_sites(port, tmp_path) == SERVER[0]
+        (tmp_path / "s.pem").write_bytes(renewed[0])
+        assert shown_to_sites(port, tmp_path) == renewed[0]
+        (tmp_path / "s.pem").write_bytes(b"damaged")
+        assert shown_to_sites(port, tmp_path) == renewed[0]
+
+
+def shown_to_sites(port: int, directory: Path) -> bytes:
+    """The certificate that a new connection gets; PEM."""
+    (directory / "site.pem").write_bytes(SITE[0])
+    (directory / "site.key").write_bytes(SITE[1])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(directory / "ca.pem")
+    context.load_cert_chain(directory / "site.pem", directory / "site.key")
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", port), 10) as plain,
+        context.wrap_socket(plain) as connection,
+    ):
+        der = connection.getpeercert(binary_form=True)
+    assert der is not None
+    return ssl.DER_cert_to_PEM_cert(der).encode()
 
 
 @given(st.binary(max_size=300) | st.builds(lambda d: json.dumps(d).encode(), _JSON))
