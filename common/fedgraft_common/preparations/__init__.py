@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
 from fedgraft_common.description import first_problem
+from fedgraft_common.errors import BackboneError
 from fedgraft_common.modality import Modality
 from fedgraft_common.preparations.audio import AudioPreparation
 from fedgraft_common.preparations.image import ImagePreparation
@@ -31,7 +33,11 @@ KINDS: dict[Modality, Any] = {
 
 
 def build(
-    settings: Mapping[str, Any], modality: Modality, directory: Path, where: str
+    settings: Mapping[str, Any],
+    modality: Modality,
+    directory: Path,
+    where: str,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Preparation:
     """The preparation of a modality.
 
@@ -40,15 +46,28 @@ def build(
         modality: which one.
         directory: where tokenizer and feature extractor lie.
         where: file, for the error.
+        changes: the plan's `backbone.preprocessing`; of a pair, its parts' fields are meant.
 
     Raises:
-        BackboneError: a field is missing or wrong.
+        BackboneError: a field is missing or wrong, or the plan changes one that there is not.
     """
-    given: dict[str, Any] = {"directory": directory, **settings}
+    parts = {"video": (ImagePreparation,), "image-text": (ImagePreparation, TextPreparation)}
+    known = {
+        name for kind in (KINDS[modality], *parts.get(modality, ())) for name in kind.model_fields
+    }
+    known -= {"modality", "directory", "image", "text"}
+    for name, value in changes.items():
+        if name not in known:
+            raise BackboneError(
+                f"plan: backbone.preprocessing.{name}", value, ", ".join(sorted(known)),
+                "Correct the plan.",
+            )  # fmt: skip
+    given: dict[str, Any] = {"directory": directory, **settings, **changes}
     if modality == "video":
-        given = {"image": settings, **given}
+        given["image"] = {**settings.get("image", settings), **changes}
     if modality == "image-text":
-        given["text"] = {"directory": directory, **settings["text"]}
+        given["image"] = {**settings["image"], **changes}
+        given["text"] = {"directory": directory, **settings["text"], **changes}
     try:
         found: Preparation = KINDS[modality].model_validate(given)
     except ValidationError as error:

@@ -43,16 +43,15 @@ def load(depth: str, config: plans.Backbone) -> Loaded:
     model = CifarResNet(int(depth))
     weights.fill(model, weights.read(file), file)
     manifest = read_manifest(file.parent, f"cifar-resnet:{depth}")
-    settings = {**(manifest.preprocessing or CONSTANTS), **config.preprocessing}
+    settings = manifest.preprocessing or CONSTANTS
+    preparation = build(settings, "image", file.parent, str(file), config.preprocessing)
     blocks = manifest.blocks or tuple(
         f"{stage}.{index}"
         for stage in ("layer1", "layer2", "layer3")
         for index in range((int(depth) - 2) // 6)
     )
-    return Loaded(
-        model.requires_grad_(False).eval(), manifest, build(settings, "image", file.parent, "plan"),
-        _read, blocks, digest, file.parent,
-    )  # fmt: skip
+    frozen = model.requires_grad_(False).eval()
+    return Loaded(frozen, manifest, preparation, _read, blocks, digest, file.parent)
 
 
 def _read(model: nn.Module, named: dict[str, torch.Tensor]) -> Output:

@@ -50,8 +50,9 @@ def load(location: str, config: plans.Backbone) -> Loaded:
     if modality != "image":  # the manifest's constants, and what only the model can know
         given = found | (manifest.preprocessing or {})
     preparation = build(
-        given | dict(config.preprocessing), modality, directory,
+        given, modality, directory,
         str(directory / "manifest.json") if manifest.preprocessing is not None else str(directory),
+        config.preprocessing,
     )  # fmt: skip
     blocks = manifest.blocks or families.blocks_of(model, modality) or find_blocks(model)
     read = families.reader_of(model, modality)

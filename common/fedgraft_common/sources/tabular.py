@@ -17,7 +17,7 @@ from torch import nn
 
 from fedgraft_common import plan as plans
 from fedgraft_common.architectures.tabular_network import TabularNetwork
-from fedgraft_common.description import read_manifest
+from fedgraft_common.description import Manifest, read_manifest
 from fedgraft_common.errors import BackboneError
 from fedgraft_common.preparations import build
 from fedgraft_common.sources import weights
@@ -60,14 +60,13 @@ def load(shape: str, config: plans.Backbone) -> Loaded:
         file = weights.file_of(Path(config.weights))
         digest, directory = weights.check_hash((file,), config.sha256), file.parent
         weights.fill(model, weights.read(file), file)
-    manifest = read_manifest(directory, f"tabular:{shape}") if config.weights else None
-    about = manifest or read_manifest(Path("/nonexistent"), f"tabular:{shape}")
-    settings = {**(about.preprocessing or {}), "columns": columns, **config.preprocessing}
+    own = Manifest(name=f"tabular:{shape}")
+    about = read_manifest(directory, own.name) if config.weights else own
+    settings = {**(about.preprocessing or {}), "columns": columns}
+    preparation = build(settings, "tabular", directory, "plan", config.preprocessing)
     blocks = about.blocks or tuple(f"blocks.{index}" for index in range(depth))
-    return Loaded(
-        model.requires_grad_(False).eval(), about, build(settings, "tabular", directory, "plan"),
-        _read, blocks, digest, directory,
-    )  # fmt: skip
+    frozen = model.requires_grad_(False).eval()
+    return Loaded(frozen, about, preparation, _read, blocks, digest, directory)
 
 
 def _draw(model: nn.Module, text: str) -> None:

@@ -89,8 +89,7 @@ def _loaded(
         "mean": _per_channel(constants["mean"], channels),
         "std": _per_channel(constants["std"], channels),
     }
-    settings = settings | dict(config.preprocessing)
-    preparation = build(settings, "image", file.parent, str(file))
+    preparation = build(settings, "image", file.parent, str(file), config.preprocessing)
     blocks = manifest.blocks or find_stages(model)
     return Loaded(model, manifest, preparation, _read, blocks, digest, file.parent)
 

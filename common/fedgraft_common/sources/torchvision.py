@@ -61,8 +61,8 @@ def load(name: str, config: plans.Backbone) -> Loaded:
     found = {"channels": 3, **IMAGENET, **_published(name)}
     if modality == "video":
         found = {"frames": 16} | found
-    settings = {**(manifest.preprocessing or found), **config.preprocessing}
-    preparation = build(settings, modality, file.parent, str(file))
+    settings = manifest.preprocessing or found
+    preparation = build(settings, modality, file.parent, str(file), config.preprocessing)
     blocks = manifest.blocks or _blocks(model)
     frozen = model.requires_grad_(False).eval()
     return Loaded(frozen, manifest, preparation, read, blocks, digest, file.parent)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedgraft_client.gradients import TOLERANCE
+from fedgraft_common.adapted import AdaptedBackbone
 from fedgraft_common.errors import AdapterError
 from fedgraft_simulations import support_matrix
 from fedgraft_simulations.families import FAMILIES, Absent, Family
@@ -102,15 +103,15 @@ def test_an_adapter_that_does_nothing_is_not_listed(
 def test_an_adapter_that_peft_reads_otherwise_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = support_matrix.AdaptedBackbone.save
+    own = AdaptedBackbone.save
 
-    def save_another(self: support_matrix.AdaptedBackbone, directory: Path) -> None:
+    def save_another(self: AdaptedBackbone, directory: Path) -> None:
         state = self.state()
         self.load({name: torch.zeros_like(value) for name, value in state.items()})
         own(self, directory)
         self.load(state)
 
-    monkeypatch.setattr(support_matrix.AdaptedBackbone, "save", save_another)
+    monkeypatch.setattr(AdaptedBackbone, "save", save_another)
     row = examine(BY_NAME["tabular network"], tmp_path, onnx=False, methods=("lora",))
     assert row.peft.startswith("features differ by")
 

@@ -104,6 +104,21 @@ def test_a_wrong_field_is_named() -> None:
         )
 
 
+def test_a_change_that_means_nothing_is_refused() -> None:
+    settings = {"channels": 1, "size": 8, "mean": [0], "std": [1]}
+    with pytest.raises(BackboneError, match=r"preprocessing\.lenght: found 64; allowed: .*order"):
+        build(settings, "image", Path(), "plan", {"lenght": 64})
+    text = {"vocabulary": 9}
+    pair = build(
+        {"image": settings, "text": text}, "image-text", Path(), "", {"length": 5, "size": 4}
+    )
+    assert isinstance(pair, PairPreparation)
+    assert (pair.image.size, pair.text.length) == (4, 5)
+    video = build({"frames": 2, **settings}, "video", Path(), "", {"frames": 3, "size": 4})
+    assert isinstance(video, VideoPreparation)
+    assert (video.frames, video.image.size) == (3, 4)
+
+
 def test_a_table_has_the_plan_s_columns() -> None:
     assert TablePreparation(columns=2).input_names == ("values",)
     with pytest.raises(DataError, match="float32"):
