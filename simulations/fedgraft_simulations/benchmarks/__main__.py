@@ -35,6 +35,7 @@ class Name(StrEnum):
     LONG_LEDGER = "long_ledger"
     DIGITS_VIT = "digits_vit"
     BACKBONE_TRANSFER = "backbone_transfer"
+    SOAK = "soak"
 
 
 def main(

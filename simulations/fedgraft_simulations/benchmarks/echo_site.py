@@ -1,6 +1,7 @@
 """A site that follows the protocol and does nothing else, as a resident process.
 
-    python -m fedgraft_simulations.benchmarks.echo_site ADDRESS KEY.pem
+    python -m fedgraft_simulations.benchmarks.echo_site IDENTITY             # through the gateway
+    python -m fedgraft_simulations.benchmarks.echo_site ADDRESS KEY.pem [STATUS]  # without TLS
 
 Its replies differ from its requests: what is equal would not travel, because Flower addresses
 objects by their hash.
@@ -9,6 +10,7 @@ objects by their hash.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgraft_client.app import packed
-from fedgraft_client.connection import Dialler
+from fedgraft_client.connection import Dialler, FleetConnection
 from fedgraft_client.daemon import Daemon
 from fedgraft_client.health import Health
+from fedgraft_client.identity import load_identity
+from fedgraft_client.up import Link
 from fedgraft_common.logs import set_up_logs
 from fedgraft_common.messages import Status, read_request, write_reply
 
@@ -42,22 +46,35 @@ def keep_final(message: Message, context: Context) -> Message:
     return write_reply(message, read_request(message).round, Status.KEPT)
 
 
-def main(address: str, key_file: Path, status_file: Path | None = None) -> None:
+def answer(name: str, connect: Callable[[], FleetConnection], status: Path | None = None) -> None:
     """Answers until a signal says otherwise."""
     set_up_logs(as_json=True)
-    key = load_pem_private_key(key_file.read_bytes(), password=None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise TypeError(f"{key_file} holds no EC key")
 
     def write(health: Health) -> None:
-        if status_file is not None:
-            health.write(status_file)
+        if status is not None:
+            health.write(status)
 
-    dial = Dialler(address, key, tls=None, memory=key_file.with_suffix(".node"))
-    daemon = Daemon(key_file.stem, dial, app, on_change=write)
+    daemon = Daemon(name, connect, app, on_change=write)
     with daemon.signals():
         daemon.run()
 
 
+def without_tls(address: str, key_file: Path) -> Dialler:
+    """To a SuperLink on loopback.
+
+    Raises:
+        TypeError: the file holds no EC key.
+    """
+    key = load_pem_private_key(key_file.read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError(f"{key_file} holds no EC key")
+    return Dialler(address, key, tls=None, memory=key_file.with_suffix(".node"))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(Path, sys.argv[3:4]))
+    if len(sys.argv) == 2:
+        identity = load_identity(Path(sys.argv[1]))
+        answer(identity.facts.site, Link(identity, identity.directory.with_name("node")))
+    else:
+        file = Path(sys.argv[2])
+        answer(file.stem, without_tls(sys.argv[1], file), *map(Path, sys.argv[3:4]))

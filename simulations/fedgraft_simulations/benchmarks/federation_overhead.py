@@ -1,39 +1,45 @@
-"""What a round costs over a real SuperLink when nobody computes: resident sites against stock ones.
+"""What a round costs over a real SuperLink when nobody computes: in production, and stock.
 
 Both ways run the same server loop (aggregation and a durable checkpoint), the same ClientApp and
-an unmodified SuperLink on loopback, without TLS. They differ in who polls, and how adapters travel:
+an unmodified SuperLink on loopback:
 
-    stock      Flower's grid, two `flower-supernode`: polls every 3 s, a new process per message,
-               every tensor an object of its own
-    resident   Fedgraft's grid, two resident daemons, the adapter packed into one object
+    stock      Flower's grid, two `flower-supernode` without TLS: polls every 3 s, a new process per
+               message, every tensor an object of its own
+    resident   `fedgraft server up`: Fedgraft's grid, the adapter packed into one object, the
+               gateway; two resident daemons that joined with invites, mutual TLS
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
 )
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedgraft_client.connection import FleetConnection
+from fedgraft_client.identity import load_identity
+from fedgraft_client.up import Link
 from fedgraft_common.adapted import adapted_backbone
 from fedgraft_common.plan import Plan
 from fedgraft_server.runs import STUB, Runs, stub
-from fedgraft_simulations.benchmarks.flower_processes import process, superlink, supernode
+from fedgraft_server.settings import ServerDirectory
+from fedgraft_server.superlink import SuperLink
+from fedgraft_simulations.benchmarks.flower_processes import superlink, supernode
 from fedgraft_simulations.benchmarks.glyph_vit import glyph_vit
 from fedgraft_simulations.benchmarks.measure import Ratio, Report, Way
+from fedgraft_simulations.federation.processes import Federation
 
 SITES = 2
 TARGET = 20.0
@@ -47,11 +53,15 @@ class Measured:
 
     Attributes:
         rounds: seconds of each round after the first.
-        spent: seconds of those rounds that the server spent in each part, in total.
+        spent: seconds of those rounds that the server's loop spent in each part, in total.
+        processors: processor seconds of a round, of all processes.
+        idle: seconds of a site's question that has no answer; 0 if it was not asked.
     """
 
     rounds: tuple[float, ...]
     spent: dict[str, float]
+    processors: float
+    idle: float = 0.0
 
 
 def measure(repetitions: int = 10, stock_rounds: int = 4) -> Report:
@@ -66,9 +76,8 @@ def measure(repetitions: int = 10, stock_rounds: int = 4) -> Report:
         plan = large_plan(directory)
         state = adapted_backbone(plan).state()
         size = sum(t.nbytes for t in state.values())
-        idle = idle_poll(directory / "idle")
-        resident = run(plan, directory / "resident", repetitions, resident_sites, "fedgraft_app")
-        stock = run(plan, directory / "stock", stock_rounds, stock_sites, "flower_app")
+        resident = in_production(plan, directory / "resident", repetitions)
+        stock = in_stock(plan, directory / "stock", stock_rounds)
     ratio = Ratio(
         "a round", Way("stock SuperNodes", stock.rounds), Way("resident", resident.rounds), TARGET
     )
@@ -77,12 +86,15 @@ def measure(repetitions: int = 10, stock_rounds: int = 4) -> Report:
     figures = {
         "stock: a round, s (median)": ratio.slow.median,
         "resident: a round, s (median)": ratio.fast.median,
+        "resident: a round, s (fastest)": min(resident.rounds),
         "resident: a round, s (mean)": whole,
         "of it asking: packing and pushing requests, s": each.get("asking", 0.0),
         "of it waiting between looks for replies, s": each.get("waiting", 0.0),
         "of it looking for and fetching replies, s": each.get("fetching", 0.0),
         "of it aggregation, durable checkpoint, the rest, s": whole - sum(each.values()),
-        "a site's question without an answer, ms": 1000 * idle,
+        "a site's question without an answer, ms": 1000 * resident.idle,
+        "stock: processor seconds of a round": stock.processors,
+        "resident: processor seconds of a round": resident.processors,
     }
     return Report(
         "federation_overhead",
@@ -92,7 +104,8 @@ def measure(repetitions: int = 10, stock_rounds: int = 4) -> Report:
         notes=(
             f"Rounds after the first: {len(resident.rounds)} resident, {len(stock.rounds)} stock.",
             "While the server waits, a request lies up to 0.1 s until its site asks, and the site "
-            "fetches, unpacks, packs and sends. Loopback without TLS and gateway.",
+            "fetches, unpacks, packs and sends, through the gateway with mutual TLS. The stock "
+            "way has no TLS at all.",
         ),
     )
 
@@ -111,26 +124,72 @@ def large_plan(directory: Path) -> Plan:
     )
 
 
-def run(plan: Plan, directory: Path, rounds: int, sites: object, server: str) -> Measured:
-    """One run of `rounds` timed rounds and one before them."""
+def in_production(plan: Plan, directory: Path, rounds: int) -> Measured:
+    """One run of `fedgraft server up` and two echo sites that joined."""
+    with Federation(directory, plan.replace({"sites.count": SITES})) as federation:
+        federation.start_server()
+        identities = [federation.admit(name) for name in [*federation.names, "idle"]]
+        for name, identity in zip(federation.names, identities, strict=False):
+            federation.start(name, [sys.executable, "-m", f"{HERE}.echo_site", str(identity)])
+        server = ServerDirectory(federation.server)
+        link = SuperLink(server, server.settings())
+        with Runs(link.address, link.client_context()) as runs:
+            found = timed_run(plan, runs, directory / "run", rounds, "fedgraft_app")
+        with Link(load_identity(identities[-1]), directory / "idle-node")() as connection:
+            return replace(found, idle=idle_poll(connection))
+
+
+def in_stock(plan: Plan, directory: Path, rounds: int) -> Measured:
+    """One run of `flower-superlink` and two `flower-supernode`, which register themselves."""
     directory.mkdir()
-    plan = plan.replace({"rounds.count": rounds + 1})
     with ExitStack() as stack:
         address = stack.enter_context(superlink(directory))
         runs = stack.enter_context(Runs(address))
-        stack.enter_context(sites(address, runs, directory))  # type: ignore[operator]
-        nodes = wait_for_nodes(runs)
-        config = {
-            "plan": plan.canonical,
-            "directory": str(directory),
-            "sites": ",".join(map(str, nodes)),
-        }
-        number = runs.start_bundle(bundle(server), config)
-        finish(runs, number)
+        for number in range(SITES):
+            stack.enter_context(supernode(address, directory, f"site-{number}"))
+        return timed_run(plan, runs, directory / "run", rounds, "flower_app")
+
+
+def timed_run(plan: Plan, runs: Runs, directory: Path, rounds: int, server: str) -> Measured:
+    """One run of `rounds` timed rounds and one before them."""
+    directory.mkdir()
+    plan = plan.replace({"rounds.count": rounds + 1})
+    config = {
+        "plan": plan.canonical,
+        "directory": str(directory),
+        "sites": ",".join(map(str, wait_for_nodes(runs))),
+    }
+    number = runs.start_bundle(bundle(server), config)
+    _until(directory / "round-000001.safetensors", runs, number)
+    before = processor_seconds()
+    _until(directory / "measured.json", runs, number)
+    spent = processor_seconds() - before
+    finish(runs, number)
     document = json.loads((directory / "measured.json").read_text(encoding="utf-8"))
     ends = document["ends"]
     seconds = tuple(later - earlier for earlier, later in pairwise(ends))
-    return Measured(seconds, document["spent"])
+    return Measured(seconds, document["spent"], spent / rounds)
+
+
+def _until(file: Path, runs: Runs, number: int) -> None:
+    """Waits for a file of the run; a run that is over without it failed."""
+    asked = time.monotonic()
+    while not file.exists():
+        if time.monotonic() - asked > PATIENCE / 10:
+            asked = time.monotonic()
+            if runs.state(number).status == "finished":
+                finish(runs, number)
+        time.sleep(0.02)
+
+
+def processor_seconds() -> float:
+    """Of every process that this one started, and of those that they started."""
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def bundle(server: str) -> dict[str, bytes]:
@@ -180,37 +239,10 @@ def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-@contextmanager
-def resident_sites(address: str, runs: Runs, directory: Path) -> Iterator[None]:
-    """Two resident daemons, each in its own process."""
-    with ExitStack() as stack:
-        for number in range(SITES):
-            file = directory / f"site-{number}.pem"
-            runs.register(public_key_to_bytes(new_key(file).public_key()), file.stem)
-            command = ["python", "-m", f"{HERE}.echo_site", address, str(file)]
-            log = directory / f"site-{number}.log"
-            stack.enter_context(process(command, directory / f"home-{number}", log))
-        yield
-
-
-@contextmanager
-def stock_sites(address: str, runs: Runs, directory: Path) -> Iterator[None]:
-    """Two stock SuperNodes, which register themselves."""
-    with ExitStack() as stack:
-        for number in range(SITES):
-            stack.enter_context(supernode(address, directory, f"site-{number}"))
-        yield
-
-
-def idle_poll(directory: Path, count: int = 50) -> float:
+def idle_poll(connection: FleetConnection, count: int = 50) -> float:
     """Seconds of a question that has no answer yet."""
-    directory.mkdir()
-    with superlink(directory) as address, Runs(address) as runs:
-        key = new_key(directory / "idle.pem")
-        runs.register(public_key_to_bytes(key.public_key()), "idle")
-        with FleetConnection(address, key, tls=None) as connection:
-            connection.receive()
-            started = time.perf_counter()
-            for _ in range(count):
-                connection.receive()
-            return (time.perf_counter() - started) / count
+    connection.receive()
+    started = time.perf_counter()
+    for _ in range(count):
+        connection.receive()
+    return (time.perf_counter() - started) / count

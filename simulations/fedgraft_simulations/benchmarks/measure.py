@@ -67,6 +67,7 @@ class Report:
         ratios: the comparisons.
         figures: single numbers with their unit in the name.
         notes: what a reader must know.
+        rows: a table of numbers, with the same names in each row.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Report:
     ratios: tuple[Ratio, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rows: tuple[dict[str, float], ...] = ()
 
     def document(self) -> dict[str, Any]:
         """JSON-ready data, with medians and ratios worked out."""
@@ -98,6 +100,11 @@ class Report:
             table = Table("figure", "value", title=None if self.ratios else self.title)
             for name, value in self.figures.items():
                 table.add_row(name, f"{value:.4g}")
+            console.print(table)
+        if self.rows:
+            table = Table(*self.rows[-1])
+            for row in self.rows:
+                table.add_row(*(f"{row.get(name, float('nan')):.4g}" for name in self.rows[-1]))
             console.print(table)
         for note in self.notes:
             console.print(f"- {note}")

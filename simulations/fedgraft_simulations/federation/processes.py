@@ -102,17 +102,26 @@ class Federation:
         self.start("server", [str(COMMAND), "server", "up", str(self.server)])
 
     def join(self, share: Share, plan: Plan, groups: Sequence[str] = ()) -> None:
-        """Invites a site and lets it join; retries while the server starts."""
+        """Invites a site, writes its site file and lets it join."""
         home = self.directory / share.name
         home.mkdir()
         write_atomically(home / "site.toml", site_file(share, plan).encode())
+        self.admit(share.name, groups)
+
+    def admit(self, name: str, groups: Sequence[str] = ()) -> Path:
+        """Invites a site and lets it join; retries while the server starts.
+
+        Returns:
+            Its identity directory.
+        """
         named = [option for group in groups for option in ("--group", group)]
-        invite = self.fedgraft("server", "invite", share.name, *named).strip()
+        invite = self.fedgraft("server", "invite", name, *named).strip()
+        identity = self.directory / name / "home" / "identity"
         end = time.monotonic() + 60
         while True:
             try:
-                self.fedgraft("site", "join", invite, "--home", str(home / "home" / "identity"))
-                return
+                self.fedgraft("site", "join", invite, "--home", str(identity))
+                return identity
             except ServerError:
                 if time.monotonic() > end:
                     raise

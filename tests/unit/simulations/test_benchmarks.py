@@ -30,6 +30,7 @@ from fedgraft_simulations.benchmarks import (
     prefix_cache,
     round_overhead,
     secure_noise,
+    soak,
     thousand_sites,
 )
 from fedgraft_simulations.benchmarks.__main__ import Name
@@ -54,6 +55,27 @@ def test_a_report_is_data_and_a_table() -> None:
     text = console.export_text()
     for expected in ("3e+03x", "2.5x", "2 ms", "accuracy 0.500", "1.25", "a note"):
         assert expected in text
+
+
+def test_rows_are_a_table() -> None:
+    report = Report("name", "title", rows=({"round": 1.0}, {"round": 2.0, "MiB": 71.25}))
+    console = Console(record=True, width=120, file=io.StringIO())
+    report.show(console)
+    text = console.export_text()
+    assert all(word in text for word in ("round", "MiB", "nan", "71.25"))
+    assert report.document()["rows"][1]["MiB"] == 71.25
+
+
+def test_growth_is_a_slope_once_everything_is_warm() -> None:
+    samples = [
+        soak.Sample(n, 0.0, {"server": 100 * min(n, 20) + 3 * n}, {"server": 7}, {}, {"logs": n})
+        for n in range(10, 110, 10)
+    ]
+    for what, name, slope in (("memory", "server", 3000), ("handles", "server", 0),
+                              ("disk", "logs", 1000)):  # fmt: skip
+        [(found, value)] = soak.growth(samples, what)
+        assert found == name
+        assert value == pytest.approx(slope, abs=1e-6)
 
 
 def test_ways_are_run_in_alternate_order() -> None:
