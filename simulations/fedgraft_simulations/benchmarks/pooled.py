@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
+from flwr.clientapp import ClientApp
 
 from fedgraft_client.dp import JointOptimizer
 from fedgraft_client.gradients import Vmap
@@ -29,6 +30,7 @@ from fedgraft_client.site import Site
 from fedgraft_common.messages import Tensors, clamp
 from fedgraft_common.plan import Plan
 from fedgraft_server.aggregation import Aggregator
+from fedgraft_simulations.local_grid import LocalGrid
 
 PHYSICAL_BATCH = 128
 
@@ -97,7 +99,9 @@ def pooled(plan: Plan, sites: list[Site]) -> tuple[Tensors, list[LinearHead]]:
     labels = labels + owner * heads[0].linear.out_features
     own = [p for p in model.head.parameters() if p.requires_grad]
     aggregator, adapter = Aggregator(summed, bench.adapted.schema), bench.initial
+    grid = LocalGrid(ClientApp(), count)  # nothing is sent
     for number in range(1, plan.rounds.count + 1):
+        aggregator.requests(number, adapter, grid)  # the strategy notes where the round starts
         bench.adapted.load(adapter)
         scale = plan.step_scale(number) / plan.training.expected_batch
         groups = [
