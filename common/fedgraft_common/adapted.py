@@ -58,9 +58,22 @@ class AdaptedBackbone(nn.Module):
         if adapter.method != "none":
             self._attach(find_method(adapter.method), adapter, seed)
         self.set_modes()
-        with torch.no_grad():
-            example = backbone.example(2, torch.Generator().manual_seed(0))
-            self.feature_dim = int(self(*example).shape[2 if features == "tokens" else 1])
+        self.feature_dim = self._width(adapter)
+
+    def _width(self, adapter: Adapter) -> int:
+        """Length of a feature vector; a network that cannot run with the adapter is found here."""
+        example = self.backbone.example(2, torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                return int(self(*example).shape[2 if self.features == "tokens" else 1])
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            if not self.adapter:
+                raise
+            raise AdapterError(
+                "adapter.method", adapter.method,
+                f"a method that runs in every chosen block; {str(error).splitlines()[0]}",
+                "Choose other blocks, other targets or another method.",
+            ) from error  # fmt: skip
 
     def _attach(self, method: AdapterMethod, adapter: Adapter, seed: int) -> None:
         from peft import get_peft_model

@@ -25,7 +25,8 @@ def suits(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module.groups == 1  # PEFT needs a rank that the groups divide
+        plain = set(module.dilation) == {1}  # PEFT's convolution has none
+        return plain and module.groups == 1  # PEFT needs a rank that the groups divide
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

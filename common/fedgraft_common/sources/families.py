@@ -183,7 +183,10 @@ def reader_of(model: nn.Module, modality: Modality) -> Read:
         return _segmenter
     if kind in ENCODERS:
         return _encoder
-    return {"yolos": _yolos, "patchtst": _channels_of_patches}.get(kind, _by_name)
+    special: dict[str, Read] = {
+        "yolos": _yolos, "patchtst": _channels_of_patches, "xlnet": _xlnet
+    }  # fmt: skip
+    return special.get(kind, _by_name)
 
 
 def _kind(model: Any) -> str:
@@ -194,19 +197,31 @@ def _by_name(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
     return model(**named)
 
 
+def _prompts(model: Any) -> bool:
+    """Whether PEFT puts tokens or keys in front, and lengthens the mask for them."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _encoder(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
     """With the mask as attention wants it, (N, 1, 1, T), so that nothing looks into it on the way.
 
     Transformers skips a mask without padding; whether it does would depend on the records, and
     `vmap` cannot follow that. A prompt lengthens the mask and needs it as it is.
     """
-    prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if prompt:
+    if _prompts(model):
         return model(**named)
     hidden = (named["attention_mask"] == 0)[:, None, None, :]
     mask = torch.zeros(hidden.shape, device=hidden.device)
     mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     return model(**(named | {"attention_mask": mask}))
+
+
+def _xlnet(model: nn.Module, named: dict[str, torch.Tensor]) -> Any:
+    """With the mask that XLNet makes of the other one in a way that ONNX has no word for."""
+    if _prompts(model):
+        return model(**named)
+    mask = (named["attention_mask"] == 0).float()
+    return model(input_ids=named["input_ids"], input_mask=mask)
 
 
 def _segmenter(model: nn.Module, named: dict[str, torch.Tensor]) -> Output:

@@ -16,6 +16,7 @@ from fedgraft_common.errors import AdapterError
 from fedgraft_common.plan import Adapter
 from fedgraft_common.plan import Backbone as Config
 from fedgraft_common.preparations import TablePreparation
+from fedgraft_common.sources.source import Output
 from fedgraft_simulations.families import FAMILIES
 
 MAKE: dict[str, Callable[[Path], Config]] = {family.name: family.make for family in FAMILIES}
@@ -142,6 +143,42 @@ def test_attention_that_never_calls_its_output_layer_is_left_alone(tmp_path: Pat
     for method in ("lora", "ffa-lora", "ia3", "dora"):
         suits = find_method(method).suits
         assert [n for n, m in Layer().named_modules() if suits(m)] == ["linear"]
+
+
+def test_a_convolution_with_gaps_is_no_place_for_lora(tmp_path: Path) -> None:
+    """PEFT's own convolution beside it would have none, and another size."""
+    config = MAKE["DeepLab v3 (torchvision)"](tmp_path)
+    adapter = Adapter(method="lora", rank=2, layers="last:1")
+    model = AdaptedBackbone(load_backbone(config), adapter, 0, "map")
+    names = {
+        name.partition(".lora_")[0].removeprefix("base_model.model.") for name in model.adapter
+    }
+    found = [model.backbone.model.get_submodule(f"{name}.base_layer") for name in sorted(names)]
+    assert found
+    assert all(isinstance(m, nn.Conv2d) and m.dilation == (1, 1) for m in found)
+
+
+class Breaks(nn.Module):
+    """Runs alone, and not with another layer in place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, values: torch.Tensor) -> Output:
+        if type(self.blocks[0]) is not nn.Linear:
+            raise RuntimeError("an unknown layer\nand more")
+        return Output(self.blocks[0](values)[:, None])
+
+
+def test_a_network_that_does_not_run_with_the_adapter() -> None:
+    backbone = Backbone(
+        Breaks().requires_grad_(False), Manifest(name="breaks"), "", None, ("blocks.0",), Path(),
+        TablePreparation(columns=4), lambda model, named: model(**named),
+    )  # fmt: skip
+    AdaptedBackbone(backbone, Adapter(method="none"), 0)
+    with pytest.raises(AdapterError, match=r"every chosen block; an unknown layer\. Choose"):
+        AdaptedBackbone(backbone, Adapter(method="lora", rank=2), 0)
 
 
 class Twin(nn.Module):
