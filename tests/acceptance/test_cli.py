@@ -183,7 +183,10 @@ def test_plan_check_as_json(fedgraft: Fedgraft, tiny: Path) -> None:
         ("privacy.epsilonn=3", ["privacy.epsilonn", "one of clipping_norm"]),
         ("nonsense", ["--set: found 'nonsense'", "KEY=VALUE"]),
         ("adapter.layers=last:9", ["adapter.layers: found 'last:9'", "last:1 to last:4"]),
-        ("adapter.method=adalora", ["adapter.method: found 'adalora'", "dora, ffa-lora, film, full"]),
+        (
+            "adapter.method=adalora",
+            ["adapter.method: found 'adalora'", "dora, ffa-lora, film, full"],
+        ),
         ("backbone.source=dir:/nowhere", ["'/nowhere'", "an existing directory"]),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from fedgraft_client.data import Records
 from fedgraft_simulations.audit.planted import Canary, find
 
-CANARY = Canary.draw((1, 8, 8), np.random.default_rng(0))
+IMAGES = Records(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
+CANARY = Canary.draw(IMAGES, np.random.default_rng(0))
 NOISE = np.random.default_rng(1).bytes(100_000)
 
 
@@ -38,7 +39,7 @@ def test_a_leak_is_found_between_other_bytes(leaked: bytes) -> None:
 
 def test_other_bytes_are_no_leak() -> None:
     assert find(CANARY.needles(), NOISE) is None
-    other = Canary.draw((1, 8, 8), np.random.default_rng(2))
+    other = Canary.draw(IMAGES, np.random.default_rng(2))
     assert find(CANARY.needles(), other.text.encode() + other.tensor.numpy().tobytes()) is None
 
 
@@ -49,11 +50,22 @@ def test_derived_tensors_are_searched_for_and_zeros_are_not() -> None:
     assert find(needles, bytes(1000)) is None
 
 
-def test_it_is_planted_in_the_first_two_records() -> None:
-    records = Records(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
-    planted = CANARY.plant(records)
-    assert torch.equal(planted.images[0], CANARY.tensor)
-    written = (planted.images[1].flatten() * 255).round().byte().numpy().tobytes()
+def test_it_is_planted_in_the_first_two_pictures() -> None:
+    planted = CANARY.plant(IMAGES).inputs
+    assert isinstance(planted, torch.Tensor) and isinstance(IMAGES.inputs, torch.Tensor)
+    assert torch.equal(planted[0], CANARY.tensor)
+    written = (planted[1].flatten() * 255).round().byte().numpy().tobytes()
     assert written.startswith(CANARY.text.encode())
-    assert torch.equal(records.images, torch.zeros(3, 1, 8, 8))
-    assert len(CANARY.plant(Records(records.images[:1], records.labels[:1]))) == 1
+    assert torch.equal(IMAGES.inputs, torch.zeros(3, 1, 8, 8))
+    assert len(CANARY.plant(Records(IMAGES.inputs[:1], IMAGES.labels[:1]))) == 1
+
+
+def test_it_is_planted_in_texts_and_in_pairs() -> None:
+    texts = Records(["a", "b"], torch.tensor([0, 1]))
+    canary = Canary.draw(texts, np.random.default_rng(0))
+    assert any(canary.text in text for text in canary.plant(texts).inputs)
+    assert find(canary.needles(), canary.text.encode()) is not None
+    pairs = Records((torch.zeros(2, 1, 8, 8), ["a", "b"]), torch.tensor([0, 1]))
+    images, words = CANARY.plant(pairs).inputs
+    assert torch.equal(images[0], CANARY.tensor)  # type: ignore[arg-type]
+    assert any(CANARY.text in word for word in words)
