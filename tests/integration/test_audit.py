@@ -52,6 +52,7 @@ def test_tolerated_colluders_are_an_observer_of_their_own(tmp_path: Path) -> Non
     result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
     assert failed(result) == set()
     found = result.facts
+    assert found["secure sum"]["error"] < 1e-5  # the real protocol ran
     # three shares hide more than the two that the promise counts on
     assert found["noise, worst"]["estimate"] > found["noise, server"]["estimate"]
 
@@ -76,6 +77,13 @@ def test_a_planted_bug_is_caught(tmp_path: Path, name: str, check: str) -> None:
         result = MechanismPart().run(quick(plan, tmp_path), silent)
     assert result.verdict == "fail"
     assert check in failed(result)
+
+
+def test_sums_in_the_open_are_audited_like_masked_ones(tmp_path: Path) -> None:
+    plan = small_plan(**{"privacy.secure_aggregation": "summed", "head.training": "fixed"})
+    result = MechanismPart().run(quick(plan, tmp_path), silent)
+    assert failed(result) == set()
+    assert "secure sum" not in result.facts
 
 
 def test_without_dp_the_audit_shows_what_goes_wrong(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Every byte of a reply, accounted for.
 
 A reply is taken apart into what the plan lets leave (tensors of the plan's names, shapes and dtype,
-or two noised counts; the round; one word of a closed list) and what mirrors the request. From these
-alone it is put together again. If the bytes are the same, there was nothing else in them, and a
-byte is one of four kinds. If they are not, something left that nobody accounts for.
+or masked integers in their place, or two noised counts, or a message of secure aggregation; the
+round; one word of a closed list) and what mirrors the request. From these alone it is put together
+again. If the bytes are the same, there was nothing else in them, and each byte is of one of the
+kinds below. If they are not, something left that nobody accounts for.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -19,17 +21,23 @@ from fedgraft_common.messages import (
     ADAPTER,
     COUNTS,
     EVALUATE,
+    SECURE,
+    SecureStep,
     Status,
     TensorSpec,
     digest,
     from_record,
     read_counts,
+    read_secure,
     read_status,
     to_record,
     write_counts,
     write_reply,
+    write_secure,
 )
 from fedgraft_simulations.audit.rehearsal import Exchange
+
+SECURE_STEPS = frozenset(step.message_type for step in SecureStep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +46,17 @@ class Accounted:
 
     Attributes:
         total: all of them.
-        values: private, behind noise: the numbers in tensors or counts.
+        values: private, behind noise or masks: the numbers in tensors or counts.
+        masks: of secure aggregation: public keys, signatures, encrypted shares of mask secrets.
         form: the plan's: names, shapes and number formats of the tensors.
         envelope: the request's own values sent back, the round and the status.
         status: the word.
-        digest: SHA-256 of the tensors or counts, as the ledger commits it; empty if none left.
+        digest: SHA-256 of tensors, counts or message, as the ledger has it; empty if none left.
     """
 
     total: int
     values: int
+    masks: int
     form: int
     envelope: int
     status: Status
@@ -65,11 +75,15 @@ def account_for(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> Accounted
     """
     reply = exchange.reply
     status = read_status(reply)
-    values, found, again = 0, "", _plain(exchange, status)
+    values, masks, found, again = 0, 0, "", _plain(exchange, status)
     if status is Status.OK and exchange.kind == EVALUATE:
         counts = read_counts(reply.content.metric_records.get(COUNTS))
         values, found = 16, digest_counts(counts)
         again = write_counts(exchange.request, exchange.round, status, counts)
+    elif status is Status.OK and exchange.kind in SECURE_STEPS:
+        message = read_secure(reply.content.config_records.get(SECURE))
+        masks, found = len(message), hashlib.sha256(message).hexdigest()
+        again = write_secure(exchange.request, exchange.round, status, message)
     elif status is Status.OK:
         tensors = from_record(reply.content.array_records[ADAPTER], schema)
         record = to_record(tensors)
@@ -83,8 +97,8 @@ def account_for(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> Accounted
             f"{len(exchange.sent)} bytes", f"the {len(expected)} that plan and request explain",
             "Something left the site that nobody accounts for: stop the run and look into it.",
         )  # fmt: skip
-    form = len(exchange.sent) - values - envelope
-    return Accounted(len(exchange.sent), values, form, envelope, status, found)
+    form = len(exchange.sent) - values - masks - envelope
+    return Accounted(len(exchange.sent), values, masks, form, envelope, status, found)
 
 
 def why_not(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> str | None:
@@ -100,6 +114,8 @@ def why_not(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> str | None:
 
 def _plain(exchange: Exchange, status: Status) -> Message:
     """The reply without tensors or counts."""
+    if exchange.kind in SECURE_STEPS:
+        return write_secure(exchange.request, exchange.round, status)
     write = write_counts if exchange.kind == EVALUATE else write_reply
     return write(exchange.request, exchange.round, status)
 

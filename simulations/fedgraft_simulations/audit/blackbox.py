@@ -15,25 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from fedgraft_client.data import Records
-from fedgraft_client.head import LinearHead
 from fedgraft_client.runtime import Runtime
-from fedgraft_client.site import Site, SiteConfig
-from fedgraft_client.store import SiteStore
+from fedgraft_client.site import Site
+from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.messages import Tensors
 from fedgraft_common.modality import take
-from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.candidates import together
 from fedgraft_simulations.audit.part import AuditContext
-from fedgraft_simulations.audit.rehearsal import Rehearsal
+from fedgraft_simulations.audit.rehearsal import Rehearsal, site_of
 from fedgraft_simulations.partition import Share, partition
 
 MOST = 320
-"""Canaries over all sites."""
-SHARE_OF_SITE = 1.0
-"""Canaries of a site, as a share of its own training units; about half of them are included."""
+"""Canaries over all sites, about; a site holds no more than it has units of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +52,8 @@ def run_black_box(
 ) -> BlackBox:
     """Runs the plan with mislabelled canaries and scores them.
 
+    Sums are taken in the open: the released model is the same, but for rounding.
+
     Args:
         context: plan and the auditor's randomness.
         directory: for the run's files; empty.
@@ -64,62 +61,58 @@ def run_black_box(
         runtime: device and warm models.
     """
     runtime = runtime or Runtime(context.device)
-    shares = partition(context.plan)
+    plan = context.plan.replace({"privacy.secure_aggregation": "summed"})
+    shares = partition(plan)
     random = context.random("black box")
     planted = [_plant(share, MOST // len(shares) + 1, random) for share in shares]
 
     def site(number: int) -> Site:
-        share = shares[number]
-        store = SiteStore(
-            directory / "sites" / share.name, durable=False, unit=context.plan.privacy.unit
-        )
-        config = SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True)
-        return Site(config, planted[number][2], runtime, store, held_out=share.test)
+        return site_of(plan, directory, number, runtime, planted[number][2])
 
-    run = Rehearsal.run(context.plan, directory, site, on_round=on_round)
-    scores, coins = [], []
-    for one, (canaries, included, _) in zip(run.sites, planted, strict=True):
-        scores.append(_fall(one, run.plan, run.initial, run.adapter, canaries))
-        coins.append(included)
-    return BlackBox(np.concatenate(scores), np.concatenate(coins))
+    run = Rehearsal.run(plan, directory, site, on_round=on_round)
+    scores = [
+        _fall(one, run, canaries) for one, (canaries, _, _) in zip(run.sites, planted, strict=True)
+    ]
+    return BlackBox(np.concatenate(scores), np.concatenate([coins for _, coins, _ in planted]))
 
 
 def _plant(
     share: Share, most: int, random: np.random.Generator
 ) -> tuple[Records, NDArray[np.bool_], Records]:
     """Canaries of one site, their coins, and its training data with the included ones."""
-    count = min(most, len(share.test), max(2, int(SHARE_OF_SITE * share.train.unit_count)))
-    chosen = torch.from_numpy(random.permutation(len(share.test))[:count])
-    classes = len(share.classes)
-    shift = torch.from_numpy(random.integers(1, classes, size=count))
-    labels = (share.test.labels[chosen] + shift) % classes
-    canaries = Records(take(share.test.inputs, chosen), labels)
+    train, test = share.train, share.test
+    count = min(most, len(test), max(2, train.unit_count))
+    chosen = torch.from_numpy(random.permutation(len(test))[:count])
+    labels = test.labels[chosen]
+    if labels.dim() == 1 and labels.dtype == torch.int64 and len(share.classes) > 1:
+        shift = torch.from_numpy(random.integers(1, len(share.classes), size=count))
+        labels = (labels + shift) % len(share.classes)
+    else:  # labels of another kind: each gets its neighbour's
+        labels = labels.roll(1, dims=0)
+    canaries = Records(take(test.inputs, chosen), labels)
     included = random.random(count) < 0.5
-    taken = torch.from_numpy(included)
-    units = share.train.units
+    taken = torch.from_numpy(np.flatnonzero(included))
+    units = train.units
     if units is not None:  # each canary is a unit of its own
         first = int(units.max()) + 1
-        units = torch.cat([units, torch.arange(first, first + int(taken.sum()))])
+        units = torch.cat([units, torch.arange(first, first + len(taken))])
     mixed = Records(
-        together(share.train.inputs, take(canaries.inputs, taken)),
-        torch.cat([share.train.labels, labels[taken]]),
+        together(train.inputs, take(canaries.inputs, taken)),
+        torch.cat([train.labels, labels[taken]]),
         units,
     )
     return canaries, included, mixed
 
 
-def _fall(
-    site: Site, plan: Plan, initial: Tensors, adapter: Tensors, canaries: Records
-) -> NDArray[np.float64]:
+def _fall(site: Site, run: Rehearsal, canaries: Records) -> NDArray[np.float64]:
     """How much the loss of each canary's label fell from the initial to the released adapter."""
-    bench = site.bench(plan)
-    head = site.trained_head(plan)
+    bench, task = site.bench(run.plan), site.task(run.plan)
+    head = site.trained_head(run.plan).cpu()
     cached = bench.cache(canaries.inputs)
-    before = _losses(head, bench.features(initial, cached), canaries.labels)
-    after = _losses(head, bench.features(adapter, cached), canaries.labels)
-    return (before - after).double().numpy()
+    labels = aligned(task, canaries, bench.adapted.backbone)
 
+    def losses(adapter: Tensors) -> torch.Tensor:
+        with torch.no_grad():
+            return task.loss(head(bench.features(adapter, cached)), labels)
 
-def _losses(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return functional.cross_entropy(head.cpu()(features), labels, reduction="none")
+    return (losses(run.initial) - losses(run.adapter)).double().numpy()

@@ -9,6 +9,7 @@ that fail on purpose with the canary in the error: neither is in anything that l
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,15 +26,15 @@ from scipy.stats import entropy
 
 from fedgraft_client import site as site_module
 from fedgraft_client.app import client_app
-from fedgraft_client.entry import Entry, Kind, output_of
+from fedgraft_client.entry import Entry, Kind
 from fedgraft_client.runtime import Runtime
 from fedgraft_client.site import Site, SiteConfig
-from fedgraft_client.store import SiteStore
 from fedgraft_common.messages import (
     ADAPTER,
     EVALUATE,
     PLAN,
     ROUND,
+    SecureStep,
     Status,
     TensorSpec,
     read_status,
@@ -42,6 +43,7 @@ from fedgraft_common.messages import (
 from fedgraft_common.modality import take
 from fedgraft_common.packing import PACKAGE, pack
 from fedgraft_common.plan import Plan
+from fedgraft_common.secure_terms import masked_schema
 from fedgraft_simulations.audit.accounted import account_for, why_not
 from fedgraft_simulations.audit.part import (
     AuditContext,
@@ -52,17 +54,18 @@ from fedgraft_simulations.audit.part import (
     worst,
 )
 from fedgraft_simulations.audit.planted import Canary, find
-from fedgraft_simulations.audit.rehearsal import Exchange, Rehearsal
+from fedgraft_simulations.audit.rehearsal import Exchange, Rehearsal, site_of
 from fedgraft_simulations.audit.replaced import replaced
 from fedgraft_simulations.local_grid import LocalGrid
 from fedgraft_simulations.partition import partition
 
+TRAIN = "train"
 MOST_COORDINATES = 2048
 """Values of an update whose bytes are compared over all messages."""
 REPEATED = 0.01
 """Share of values that may occur twice at one place: float32 has gaps, and rounds to them."""
 LEAST_ENTROPY = 7.9
-"""Bits in the last byte of a value; noise fills all 8."""
+"""Bits in a byte that noise or masks fill; 8 would be all."""
 PLANTED_ROUNDS = {"quick": 2, "full": 10}
 
 
@@ -72,12 +75,12 @@ class Egress:
 
     Attributes:
         messages: how many.
-        bytes: of each kind: values, form, envelope.
+        bytes: of each kind: values, masks, form, envelope.
         unexplained: what is wrong, in words.
         uncommitted: replies that are not what the ledger committed, in words.
         words: how often each status left.
         digests: how often the same tensors left.
-        sample: (updates, coordinates) float32, of tensors that left.
+        sample: (updates, coordinates) uint32, the bits of values that left.
     """
 
     messages: int = 0
@@ -86,7 +89,7 @@ class Egress:
     uncommitted: list[str] = field(default_factory=list)
     words: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
-    sample: list[NDArray[np.float32]] = field(default_factory=list)
+    sample: list[NDArray[np.uint32]] = field(default_factory=list)
 
 
 class EgressPart:
@@ -116,8 +119,8 @@ class EgressPart:
             findings=findings,
             facts=_facts(seen, run),
             not_covered=(
-                "A value is 32 bits, and noise is in all of them: what a dishonest program at a "
-                "site hid inside the noise itself could not be told from noise.",
+                "What a dishonest program at a site hid inside its noise or its masks could not be "
+                "told from noise and masks.",
                 "When a message leaves is visible to the server; how long a round took may tell "
                 "something about the number of records.",
                 "Canaries are searched for as bytes. What an attacker can compute about a record "
@@ -129,9 +132,9 @@ class EgressPart:
 
 def look_at(run: Rehearsal, random: np.random.Generator) -> Egress:
     """Accounts for everything that crossed the grid in a run."""
-    schema = run.sites[0].bench(run.plan).adapted.schema
+    schema = schema_of(run)
     committed = [_committed(site.store.ledger.entries()) for site in run.sites]
-    size = sum(spec.bytes for spec in schema) // 4
+    size = sum(math.prod(spec.shape) for spec in schema)
     chosen = np.sort(random.permutation(size)[:MOST_COORDINATES])
     seen = Egress()
     for exchange in run.exchanges():
@@ -140,43 +143,60 @@ def look_at(run: Rehearsal, random: np.random.Generator) -> Egress:
             seen.unexplained.append(fault)
             continue
         found = account_for(exchange, schema)
-        seen.bytes.update(values=found.values, form=found.form, envelope=found.envelope)
+        seen.bytes.update(
+            values=found.values, masks=found.masks, form=found.form, envelope=found.envelope
+        )
         seen.words[found.status.value] += 1
         if not found.digest:
             continue
-        output = f"{run.plan.hash}/evaluate" if exchange.kind == EVALUATE else run.plan.hash
-        if committed[exchange.site].get((output, exchange.round)) != found.digest:
+        if (exchange.kind, exchange.round, found.digest) not in committed[exchange.site]:
             seen.uncommitted.append(f"site {exchange.site}, round {exchange.round}")
-        if exchange.kind != EVALUATE:
+        if exchange.kind == TRAIN:
             seen.digests[found.digest] += 1
             seen.sample.append(_values(exchange, schema)[chosen])
     return seen
 
 
-def _committed(entries: list[Entry]) -> dict[tuple[str, int], str]:
-    """SHA-256 of what a ledger let out, for each output and round."""
+def _committed(entries: list[Entry]) -> set[tuple[str, int, str]]:
+    """What a ledger let out: message type, round, SHA-256."""
     bodies = {e.seq: e.body for e in entries if e.kind is Kind.RESERVE}
-    found = {}
+    steps = {step.value: step.message_type for step in SecureStep}
+    found = set()
     for entry in entries:
+        body, kind = entry.body, ""
         if entry.kind is Kind.COMMIT:
-            body = bodies[int(entry.body["reserve"])]
-            found[output_of(body), int(body["round"])] = str(entry.body["reply"])
+            reserved = bodies[int(body["reserve"])]
+            kind = EVALUATE if reserved["purpose"] == "evaluate" else TRAIN
+            found.add((kind, int(reserved["round"]), str(body["reply"])))
+        elif entry.kind is Kind.SECURE and body["step"] in steps:
+            kind = steps[str(body["step"])]
+            found.add((kind, int(body["round"]), str(body["reply"])))
     return found
 
 
-def _values(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> NDArray[np.float32]:
+def schema_of(run: Rehearsal) -> tuple[TensorSpec, ...]:
+    """The tensors that a site sends in a training round of a run."""
+    bench = run.sites[0].bench(run.plan)
+    schema = bench.adapted.schema
+    return masked_schema(schema, bench.fixed_point(run.plan).bits) if run.plan.secure else schema
+
+
+def _values(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> NDArray[np.uint32]:
+    """The bits of an update's values; of 64, the lower half."""
     record = exchange.reply.content.array_records[ADAPTER]
-    flat = [record[spec.name].numpy().reshape(-1) for spec in schema]
-    return np.concatenate(flat).astype(np.float32)
+    flat = np.concatenate([record[spec.name].numpy().reshape(-1) for spec in schema])
+    return flat.view(np.uint32)[:: flat.itemsize // 4]
 
 
 def _accounted(seen: Egress, plan: Plan) -> Iterator[Finding]:
     total = sum(seen.bytes.values())
     wrong = _listed(seen.unexplained)
+    hidden = "masked" if plan.secure else "noised"
+    masks = f"{seen.bytes['masks']:,} of keys and shares of masks, " if plan.secure else ""
     yield Finding(
         "Every byte that left is explained by the plan and the request",
-        wrong or f"{seen.messages:,} messages, {total:,} bytes: {seen.bytes['values']:,} of noised "
-        f"values, {seen.bytes['form']:,} that say which tensor they are, "
+        wrong or f"{seen.messages:,} messages, {total:,} bytes: {seen.bytes['values']:,} of "
+        f"{hidden} values, {masks}{seen.bytes['form']:,} that say which tensor they are, "
         f"{seen.bytes['envelope']:,} that repeat the request or say the status; 0 others",
         "fail" if wrong else "pass",
         "Each reply is put together again from its tensors, the round and the status, and compared "
@@ -192,15 +212,15 @@ def _accounted(seen: Egress, plan: Plan) -> Iterator[Finding]:
     if plan.privacy.mechanism == "none":
         yield Finding(
             "Nothing left that the site's ledger had not been charged for",
-            f"{len(seen.uncommitted)} updates left uncharged: the plan runs without DP", "fail",
+            f"{len(seen.uncommitted):,} updates left uncharged: the plan runs without DP", "fail",
             name="committed",
         )  # fmt: skip
     else:
         wrong = _listed(seen.uncommitted)
         yield Finding(
             "Nothing left that the site's ledger had not been charged for",
-            f"not in the ledger: {wrong}" if wrong else "every update is the one that was charged, "
-            "by its SHA-256",
+            f"not in the ledger: {wrong}" if wrong else "every message is one that the ledger "
+            "holds, by its SHA-256",
             "fail" if wrong else "pass",
             "From the commits of the sites' signed ledgers.", "committed",
         )  # fmt: skip
@@ -209,31 +229,35 @@ def _accounted(seen: Egress, plan: Plan) -> Iterator[Finding]:
 def _noise(seen: Egress, plan: Plan) -> Iterator[Finding]:
     """Noise leaves marks on bytes: nothing occurs twice, and every bit is used."""
     twice = sum(count - 1 for count in seen.digests.values())
-    sample = np.stack(seen.sample) if seen.sample else np.zeros((0, 0), np.float32)
+    sample = np.stack(seen.sample) if seen.sample else np.zeros((0, 0), np.uint32)
     repeated = _repeated(sample)
-    last = np.bincount(sample.view(np.uint8).reshape(*sample.shape, 4)[..., 0].reshape(-1),
-                       minlength=256)  # fmt: skip
-    bits = float(entropy(last, base=2)) if last.sum() else 0.0
-    enough = last.sum() > 20_000  # fewer cannot fill 256 counters evenly
+    octets = sample.view(np.uint8).reshape(*sample.shape, 4)
+    used = range(4) if plan.secure else range(1)  # masks fill every byte, noise the last one
+    counts = [np.bincount(octets[..., place].reshape(-1), minlength=256) for place in used]
+    bits = min(float(entropy(found, base=2)) if sample.size else 0.0 for found in counts)
+    enough = sample.size > 20_000  # fewer cannot fill 256 counters evenly
     private = plan.privacy.mechanism != "none"
+    hidden = "Noise and masks are" if plan.secure else "Noise is"
     yield Finding(
         "No update left twice, and no value repeats",
         f"{twice} of {sum(seen.digests.values()):,} updates; {repeated:.3%} of the values at one "
         "place",
         "fail" if twice or repeated > REPEATED else "pass",
-        "Noise is new in every message: equal bytes would be a value without noise, or noise that "
+        f"{hidden} new in every message: equal bytes would be a value without any, or one that "
         "was used twice.", "duplicates",
     )  # fmt: skip
     verdict: Verdict = "pass" if bits >= LEAST_ENTROPY or not enough else "fail"
+    where = "every byte of every value" if plan.secure else "the last byte of every value"
     yield Finding(
-        "The last bits of every value are noise: there is no room for a message in them",
-        f"{bits:.3f} of 8 bits of entropy in the last byte",
+        f"Nothing but {'masks' if plan.secure else 'noise'} can be seen in {where}",
+        f"{bits:.3f} of 8 bits of entropy",
         verdict if private else "info",
-        f"Over {last.sum():,} values.", "entropy",
-    )  # fmt: skip
+        f"Over {sample.size:,} values; there is no room for a message.",
+        "entropy",
+    )
 
 
-def _repeated(sample: NDArray[np.float32]) -> float:
+def _repeated(sample: NDArray[np.uint32]) -> float:
     """Share of values that another message has at the same place."""
     if sample.shape[0] < 2:
         return 0.0
@@ -304,17 +328,16 @@ def plant(context: AuditContext, directory: Path, progress: Any) -> Planted:
     canary = Canary.draw(shares[0].train, context.random("egress"))
 
     def site(number: int) -> Site:
-        share = shares[number]
-        name, classes, records, dataset = share.name, share.classes, share.train, "data"
-        if number == 0:
-            name, dataset, records = canary.text, canary.text, canary.plant(records)
+        if number:
+            return site_of(plan, directory, number, runtime)
+        own = shares[0]
+        classes = own.classes
+        if classes:
             classes = (*classes[:-1], f"{classes[-1]} {canary.text}")
-        store = SiteStore(
-            directory / "sites" / share.name, durable=False, dataset=dataset,
-            unit=plan.privacy.unit,
-        )  # fmt: skip
-        config = SiteConfig(name, classes, share.train.unit_count, simulated=True)
-        return Site(config, records, runtime, store, held_out=share.test)
+        task = own.spec.model_copy(update={"classes": classes}) if own.spec else None
+        config = SiteConfig(canary.text, classes, own.train.unit_count, simulated=True, task=task)
+        planted = canary.plant(own.train)
+        return site_of(plan, directory, 0, runtime, planted, config, dataset=canary.text)
 
     run = Rehearsal.run(plan, directory, site, on_round=lambda n: progress(0.9 * n / rounds))
     bench = run.sites[0].bench(run.plan)
@@ -331,7 +354,7 @@ def plant(context: AuditContext, directory: Path, progress: Any) -> Planted:
     words = [read_status(exchange.reply) for exchange in provoked]
     failed += [f"a failing round said {word}" for word in words if word in (Status.OK, Status.KEPT)]
     found = [
-        find(needles, leak.sent) is not None and why_not(leak, bench.adapted.schema) is not None
+        find(needles, leak.sent) is not None and why_not(leak, schema_of(run)) is not None
         for leak in _leaks(exchanges[-1], canary)
     ]
     return Planted(
@@ -359,7 +382,8 @@ def _provoke(run: Rehearsal, canary: Canary) -> Iterator[Exchange]:
         raise RuntimeError(f"record {canary.text} cannot be read: {canary.tensor.tolist()}")
 
     huge = {name: tensor + 1e6 for name, tensor in run.initial.items()}
-    plan = run.plan.replace({"name": f"{run.plan.name[:50]}-fails"}).canonical
+    changes = {"name": f"{run.plan.name[:50]}-fails", "privacy.secure_aggregation": "summed"}
+    plan = run.plan.replace(changes).canonical
     for text, adapter in (("{", run.initial), (plan, huge), (plan, run.initial)):
         grid = LocalGrid(client_app(lambda _: run.sites[0]), len(run.sites))
         content = RecordDict(
@@ -408,7 +432,7 @@ def _summary(verdict: Verdict, seen: Egress, run: Rehearsal) -> str:
 
 
 def _facts(seen: Egress, run: Rehearsal) -> dict[str, Any]:
-    schema = run.sites[0].bench(run.plan).adapted.schema
+    schema = schema_of(run)
     return {
         "messages": seen.messages,
         "bytes": dict(seen.bytes),

@@ -40,14 +40,20 @@ class Bug:
 
 @contextmanager
 def no_noise(plan: Plan) -> Iterator[None]:
-    """The clipped sum leaves as it is."""
+    """The clipped sum leaves as it is, or as integers without a share of noise."""
 
     def add_noise(self: Any) -> None:
         for parameter in self.params:
             total = parameter.summed_grad
             parameter.grad = torch.zeros_like(parameter) if total is None else total.clone()
 
-    with replaced(JointOptimizer, "add_noise", add_noise):
+    def no_share(self: NoiseSource, size: int, sampler: Any) -> NDArray[np.int64]:
+        return np.zeros(size, dtype=np.int64)
+
+    with (
+        replaced(JointOptimizer, "add_noise", add_noise),
+        replaced(NoiseSource, "discrete_gaussian", no_share),
+    ):
         yield
 
 
@@ -60,7 +66,15 @@ def noise_divided_twice(plan: Plan) -> Iterator[None]:
     def weaker(self: NoiseSource, shape: Any, std: float) -> torch.Tensor:
         return gaussian(self, shape, std / batch)
 
-    with replaced(NoiseSource, "gaussian", weaker):
+    share = NoiseSource.discrete_gaussian
+
+    def weaker_share(self: NoiseSource, size: int, sampler: Any) -> NDArray[np.int64]:
+        return np.rint(share(self, size, sampler) / batch).astype(np.int64)
+
+    with (
+        replaced(NoiseSource, "gaussian", weaker),
+        replaced(NoiseSource, "discrete_gaussian", weaker_share),
+    ):
         yield
 
 

@@ -34,6 +34,7 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
+from fedgraft_common.fixed_point import FixedPoint, IntegerNoise, Vector
 from fedgraft_common.mechanism import StepNoise
 from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
@@ -92,24 +93,44 @@ class Probe:
         sites: of the run.
         others: (rounds, sites, m) what all others added to each canary's coordinate.
         head: (rounds, sites, m) the noisy joint gradient at HEAD canaries' coordinates.
+        encoded: (rounds, sites, m) what was made into integers under secure aggregation, noise
+            share included, at the adapter's canaries.
+        opened: (rounds, m) what the server read of their sums.
         drawn: every batch.
+        where: (m,) each adapter canary's place in a message; 0 for HEAD canaries.
     """
 
     canaries: Canaries
     length: float
     rounds: int
     sites: int
+    where: NDArray[np.int64]
+    encoded: NDArray[np.float32] = field(init=False)
     others: NDArray[np.float32] = field(init=False)
     head: NDArray[np.float32] = field(init=False)
+    opened: list[NDArray[np.float64]] = field(init=False, default_factory=list)
     drawn: list[Drawn] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shape = (self.rounds, self.sites, len(self.canaries))
-        self.others, self.head = (np.zeros(shape, np.float32) for _ in range(2))
+        self.others, self.head, self.encoded = (np.zeros(shape, np.float32) for _ in range(3))
 
     def held_by(self, site: int) -> NDArray[np.int64]:
         """The included canaries of a site."""
         return np.flatnonzero(self.canaries.included & (self.canaries.site == site))
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Notes what the server reads of each sum meanwhile."""
+        decode = FixedPoint.decode
+
+        def noted(field: FixedPoint, total: Vector) -> NDArray[np.float64]:
+            values = decode(field, total)
+            self.opened.append(values[self.where])
+            return values
+
+        with replaced(FixedPoint, "decode", noted):
+            yield
 
     @contextmanager
     def watching(self, site: int) -> Iterator[None]:
@@ -121,6 +142,7 @@ class Probe:
             cached: Cached, labels: torch.Tensor, step: StepNoise, noise: NoiseSource,
             physical_batch: int, units: torch.Tensor | None = None, *rest: Any,
         ) -> Tensors:  # fmt: skip
+            current[0] = number
             place = Place(self, site, number, self.held_by(site), len(labels), units)
             with replaced(training_module, "JointOptimizer", partial(ProbedOptimizer, place)):
                 return train_round(
@@ -128,7 +150,19 @@ class Probe:
                     step, noise, physical_batch, None if units is None else place.units, *rest,
                 )  # fmt: skip
 
-        with replaced(site_module, "train_round", probed):
+        encode = FixedPoint.encode
+        current = [0]
+
+        def noted(field: FixedPoint, total: NDArray[Any], noise: IntegerNoise) -> Vector:
+            vector = encode(field, total, noise)
+            values = vector.view(f"int{field.bits}").astype(np.float64) / field.scale
+            self.encoded[current[0] - 1, site] = values[self.where]
+            return vector
+
+        with (
+            replaced(site_module, "train_round", probed),
+            replaced(FixedPoint, "encode", noted),
+        ):
             yield
 
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
@@ -23,7 +24,11 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedgraft_client.app import client_app
-from fedgraft_client.site import Site
+from fedgraft_client.data import Records
+from fedgraft_client.runtime import Runtime
+from fedgraft_client.secure_member import Membership
+from fedgraft_client.site import Site, SiteConfig
+from fedgraft_client.store import SiteStore
 from fedgraft_common.errors import MessageError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.messages import ADAPTER, Tensors, from_record, read_request
@@ -32,6 +37,9 @@ from fedgraft_server.federation import RoundSummary, server_app
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.partition import Share, partition
 from fedgraft_simulations.sites import SimulatedSites
+from fedgraft_simulations.throwaway_keys import kept_keys
+
+SomeSite = TypeVar("SomeSite", bound=Site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,47 @@ class Rehearsal:
             from_record(exchange.reply.content.array_records[ADAPTER], schema)
             for exchange in self.exchanges("train", number)
         ]
+
+
+def site_of(
+    plan: Plan,
+    directory: Path,
+    number: int,
+    runtime: Runtime,
+    records: Records | None = None,
+    config: SiteConfig | None = None,
+    dataset: str = "data",
+    kind: type[SomeSite] = Site,  # type: ignore[assignment]
+) -> SomeSite:
+    """A simulated site for `Rehearsal.run(plan, directory, ...)`, with something changed.
+
+    Args:
+        plan: the run.
+        directory: of the run.
+        number: of the site.
+        runtime: device and warm models.
+        records: what it trains on, instead of its share.
+        config: what it says about itself, instead of what the plan does.
+        dataset: its own name for its data.
+        kind: of site.
+    """
+    shares = SimulatedSites(plan, directory / "sites").shares()
+    share = shares[number]
+    own = SiteConfig(
+        share.name, share.classes, share.train.unit_count, simulated=True, task=share.spec
+    )
+    membership = None
+    if plan.secure:
+        names = [one.name for one in shares]
+        keys, trust = kept_keys(directory / "sites" / "keys.json", names)
+        membership = Membership(keys[share.name], lambda: trust)
+    store = SiteStore(
+        directory / "sites" / share.name, durable=False, dataset=dataset, unit=plan.privacy.unit
+    )
+    return kind(
+        config or own, records or share.train, runtime, store, held_out=share.test,
+        membership=membership,
+    )  # fmt: skip
 
 
 def claim_of(plan: Plan) -> Claim:

@@ -17,23 +17,23 @@ Shapes: T rounds, S sites, m canaries.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
+from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedgraft_client.entry import spent
-from fedgraft_client.runtime import Runtime
-from fedgraft_client.site import Site, SiteConfig
-from fedgraft_client.store import SiteStore
+from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_common.accounting import epsilon
 from fedgraft_common.mechanism import StepNoise
-from fedgraft_common.messages import ADAPTER, Tensors, from_record
+from fedgraft_common.messages import ADAPTER, from_record
 from fedgraft_common.plan import Plan
+from fedgraft_common.secure_terms import to_vector
 from fedgraft_simulations.audit.part import AuditContext
 from fedgraft_simulations.audit.probe import (
     CLIPPED,
@@ -44,8 +44,7 @@ from fedgraft_simulations.audit.probe import (
     Probe,
     ProbedSite,
 )
-from fedgraft_simulations.audit.rehearsal import Rehearsal
-from fedgraft_simulations.partition import Share, partition
+from fedgraft_simulations.audit.rehearsal import Rehearsal, site_of
 
 Observer = Literal["single", "server", "worst"]
 MOST_SUMMED, MOST_CLIPPED, MOST_HEAD = 2000, 600, 600
@@ -61,10 +60,14 @@ class Trial:
         plan: what ran.
         canaries: m of them.
         seen: (T, S, m) float32, what each site sent at a canary's coordinate, less what all others
-            contributed there; for HEAD canaries, the same of the head's part, which stays at home.
+            contributed there; under secure aggregation, before it was masked. For HEAD canaries,
+            the same of the head's part, which stays at home.
+        opened: (T, m) under secure aggregation, what the server read of the sum of all sites, less
+            what all others contributed; else the sum of `seen`.
         drawn: every batch.
         honest: (h,) the sites whose sums the `worst` observer sees.
         steps: what each site's steps use.
+        adapter_std: (S,) promised standard deviation of a site's own noise in one message.
         claimed: the largest epsilon that a site's ledger was charged; infinite without DP.
         length: C, or 1 without DP.
     """
@@ -72,9 +75,11 @@ class Trial:
     plan: Plan
     canaries: Canaries
     seen: NDArray[np.float32]
+    opened: NDArray[np.float64]
     drawn: tuple[Drawn, ...]
     honest: NDArray[np.int64]
     steps: tuple[StepNoise, ...]
+    adapter_std: NDArray[np.float64]
     claimed: float
     length: float
 
@@ -92,10 +97,19 @@ class Trial:
         """
         own = self.seen[:, self.canaries.site, np.arange(len(self.canaries))].astype(np.float64)
         if observer != "single":
-            sites = self.honest if observer == "worst" else np.arange(self.seen.shape[1])
-            summed = self.seen[:, sites].sum(axis=1, dtype=np.float64)
+            known = np.setdiff1d(np.arange(self.seen.shape[1]), self.honest)
+            summed = self.opened
+            if observer == "worst":  # colluders tell what they sent, dropouts send nothing
+                summed = summed - self.seen[:, known].sum(axis=1, dtype=np.float64)
             own = np.where(self.canaries.kind == HEAD, own, summed)
         return own / self.length
+
+    @property
+    def opening_error(self) -> float:
+        """How far what the server read is from the sum of what sites sent, at most."""
+        inside = self.canaries.kind != HEAD
+        summed = self.seen[:, :, inside].sum(axis=1, dtype=np.float64)
+        return float(np.abs(self.opened[:, inside] - summed).max()) if inside.any() else 0.0
 
 
 def run_trial(
@@ -116,37 +130,43 @@ def run_trial(
     """
     plan = _renamed(context, repetition)
     runtime = runtime or Runtime(context.device)
-    shares = partition(plan)
-    bench = runtime.workbench(plan)
     random = context.random("trial", repetition)
-    honest = np.arange(len(shares))
+    count = plan.sites.count
+    sites = [site_of(plan, directory, i, runtime, kind=ProbedSite) for i in range(count)]
+    honest = np.arange(count)
     if plan.privacy.mechanism == "distributed":
-        honest = np.sort(random.permutation(len(shares))[: plan.noise_shares])
+        honest = np.sort(random.permutation(count)[: plan.noise_shares])
+    bench = sites[0].bench(plan)
     adapter = sum(parameter.numel() for parameter in bench.adapted.adapter.values())
-    heads = _head_sizes(plan, shares, bench.adapted.feature_dim)
+    heads = [sum(p.numel() for p in s.start_head(plan).parameters() if p.requires_grad)
+             for s in sites]  # fmt: skip
     canaries = draw_canaries(adapter, heads, honest, random)
     length = plan.privacy.clipping_norm if plan.privacy.mechanism != "none" else 1.0
-    probe = Probe(canaries, length, plan.rounds.count, len(shares))
-
-    def site(number: int) -> Site:
-        share = shares[number]
-        store = SiteStore(directory / "sites" / share.name, durable=False, unit=plan.privacy.unit)
-        config = SiteConfig(share.name, share.classes, share.train.unit_count, simulated=True)
-        found = ProbedSite(config, share.train, runtime, store, held_out=share.test)
-        found.probe, found.place = probe, number
-        return found
-
-    run = Rehearsal.run(plan, directory, site, on_round=on_round)
+    probe = Probe(canaries, length, plan.rounds.count, count, _places(bench, canaries))
+    for number, site in enumerate(sites):
+        site.probe, site.place = probe, number
+    with probe.opening():
+        run = Rehearsal.run(plan, directory, lambda i: sites[i], on_round=on_round)
     plan = run.plan
     charged = [spent(s.store.ledger.entries(), plan.hash) for s in run.sites]
     claims = [epsilon(events, plan.privacy.delta) if events else np.inf for events in charged]
+    steps = tuple(s.step(plan) for s in run.sites)
+    seen = np.where(canaries.kind == HEAD, probe.head, _sent(run, canaries, probe)) - probe.others
+    opened = seen.sum(axis=1, dtype=np.float64)
+    std = np.array([s.adapter_std * math.sqrt(plan.training.local_steps) for s in steps])
+    if plan.secure:
+        field = bench.fixed_point(plan)
+        opened = np.stack(probe.opened) - probe.others.sum(axis=1, dtype=np.float64)
+        std = np.full(count, field.share.std / field.scale)
     return Trial(
         plan=plan,
         canaries=canaries,
-        seen=_sent(run, canaries, probe) - probe.others,
+        seen=seen,
+        opened=opened,
         drawn=tuple(sorted(probe.drawn, key=lambda batch: (batch.round, batch.site))),
         honest=honest,
-        steps=tuple(s.step(plan) for s in run.sites),
+        steps=steps,
+        adapter_std=std,
         claimed=float(max(claims)),
         length=length,
     )
@@ -165,18 +185,17 @@ def draw_canaries(
     """
     clipped = min(MOST_CLIPPED, int(adapter * CLIPPED_SHARE))
     summed = min(MOST_SUMMED, adapter - clipped)
-    coordinate = [random.permutation(adapter)[: summed + clipped]]
-    kind = [np.repeat([SUMMED, CLIPPED], [summed, clipped])]
-    count = min(MOST_HEAD, min(heads[i] for i in honest))
-    coordinate.append(adapter + random.permutation(min(heads[i] for i in honest))[:count])
-    kind.append(np.full(count, HEAD))
-    kinds = np.concatenate(kind)
-    order = np.empty(len(kinds), dtype=np.int64)  # every site gets its share of each kind
-    for one in (SUMMED, CLIPPED, HEAD):
-        places = np.flatnonzero(kinds == one)
-        order[places] = honest[random.permutation(len(places)) % len(honest)]
+    head = min(heads[i] for i in honest)
+    wanted = {SUMMED: summed, CLIPPED: clipped, HEAD: min(MOST_HEAD, head)}
+    coordinates = [
+        random.permutation(adapter)[: summed + clipped],
+        adapter + random.permutation(head)[: wanted[HEAD]],
+    ]
+    # every site gets its share of each kind
+    sites = [honest[random.permutation(n) % len(honest)] for n in wanted.values()]
+    kinds = np.repeat(list(wanted), list(wanted.values()))
     return Canaries(
-        np.concatenate(coordinate).astype(np.int64), kinds, order,
+        np.concatenate(coordinates).astype(np.int64), kinds, np.concatenate(sites),
         random.random(len(kinds)) < 0.5,
     )  # fmt: skip
 
@@ -192,31 +211,35 @@ def _renamed(context: AuditContext, repetition: int) -> Plan:
     )
 
 
-def _head_sizes(plan: Plan, shares: list[Share], features: int) -> list[int]:
-    if plan.head.training == "fixed":
-        return [0] * len(shares)
-    return [len(share.classes) * (features + 1) for share in shares]
+def _places(bench: Workbench, canaries: Canaries) -> NDArray[np.int64]:
+    """Where each adapter canary's coordinate is in a message, whose tensors have another order."""
+    begins = np.cumsum([0, *(math.prod(spec.shape) for spec in bench.adapted.schema)])
+    begin = {s.name: int(b) for s, b in zip(bench.adapted.schema, begins, strict=False)}
+    order = np.concatenate(
+        [begin[n] + np.arange(p.numel()) for n, p in bench.adapted.adapter.items()]
+    )
+    return np.where(
+        canaries.kind == HEAD, 0, order[np.minimum(canaries.coordinate, len(order) - 1)]
+    )
 
 
 def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float32]:
     """(T, S, m) the noisy gradient sums at the canaries' coordinates, from the sites' replies."""
-    plan, bench = run.plan, run.sites[0].bench(run.plan)
-    names = list(bench.adapted.adapter)
-    schema = bench.adapted.schema
-    inside = canaries.kind != HEAD
-    where = torch.from_numpy(canaries.coordinate[inside])
-    sent = probe.head.copy()
+    plan, schema = run.plan, run.sites[0].bench(run.plan).adapted.schema
+    if plan.secure:
+        return probe.encoded
+    sent = np.zeros_like(probe.encoded)
 
-    def at(tensors: Tensors) -> NDArray[np.float64]:
-        flat = torch.cat([tensors[name].reshape(-1).double() for name in names])
-        return flat[where].numpy()
+    def at(record: ArrayRecord) -> NDArray[np.float64]:
+        tensors = from_record(record, schema)
+        return to_vector(tensors, schema).astype(np.float64)[probe.where]
 
     for exchange in run.exchanges("train"):
-        number, site = exchange.round, exchange.site
-        values = at(from_record(exchange.reply.content.array_records[ADAPTER], schema))
+        number = exchange.round
+        values = at(exchange.reply.content.array_records[ADAPTER])
         if plan.privacy.mechanism != "distributed":  # an adapter was sent: undo the steps' size
-            start = at(from_record(exchange.request.content.array_records[ADAPTER], schema))
+            start = at(exchange.request.content.array_records[ADAPTER])
             rate = plan.training.learning_rate * plan.step_scale(number)
             values = (start - values) * plan.training.expected_batch / rate
-        sent[number - 1, site, inside] = values
+        sent[number - 1, exchange.site] = values
     return sent

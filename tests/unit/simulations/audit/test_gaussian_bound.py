@@ -86,7 +86,7 @@ def run_optimizer(canaries: int, noise: float, seed: int) -> tuple[NDArray[np.fl
         np.arange(canaries), np.full(canaries, SUMMED), np.zeros(canaries, np.int64),
         random.random(canaries) < 0.5,
     )  # fmt: skip
-    probe = Probe(planted, 1.0, 1, 1)
+    probe = Probe(planted, 1.0, 1, 1, np.zeros(canaries, np.int64))
     place = Place(probe, 0, 1, probe.held_by(0), 1, None)
     weights = torch.nn.Parameter(torch.zeros(canaries))
     source = NoiseSource.for_simulation("T2", seed)

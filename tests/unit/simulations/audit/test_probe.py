@@ -24,6 +24,7 @@ from fedgraft_simulations.audit.probe import (
 
 ADAPTER, HEADS = 6, 4
 C = 0.5
+WHERE = np.zeros(0, np.int64)  # places in messages, of which there are none here
 
 
 class Gradients:
@@ -88,7 +89,7 @@ def plain_step(noise: float = 0.0, units: torch.Tensor | None = None) -> NDArray
 def test_without_an_included_canary_the_step_is_the_same_bit_for_bit(
     units: torch.Tensor | None,
 ) -> None:
-    probe = Probe(canaries([SUMMED, CLIPPED], [False, False], [1, 2]), C, 1, 1)
+    probe = Probe(canaries([SUMMED, CLIPPED], [False, False], [1, 2]), C, 1, 1, WHERE)
     assert (probed_step(probe, 1.0, units) == plain_step(1.0, units)).all()
 
 
@@ -98,7 +99,7 @@ def test_a_canary_adds_the_clipping_norm_at_its_coordinate(
     kind: int, units: torch.Tensor | None
 ) -> None:
     where = ADAPTER + 2 if kind == HEAD else 4
-    probe = Probe(canaries([kind, SUMMED], [True, False], [where, 0]), C, 1, 1)
+    probe = Probe(canaries([kind, SUMMED], [True, False], [where, 0]), C, 1, 1, WHERE)
     added = probed_step(probe, 1.0, units) - plain_step(1.0, units)
     expected = np.zeros(ADAPTER + HEADS)
     expected[where] = C
@@ -106,7 +107,7 @@ def test_a_canary_adds_the_clipping_norm_at_its_coordinate(
 
 
 def test_what_others_contributed_is_noted_without_canary_and_noise() -> None:
-    probe = Probe(canaries([SUMMED, CLIPPED, HEAD], [True] * 3, [1, 3, 8]), C, 1, 1)
+    probe = Probe(canaries([SUMMED, CLIPPED, HEAD], [True] * 3, [1, 3, 8]), C, 1, 1, WHERE)
     noisy = probed_step(probe, 2.0)
     clean = plain_step(0.0)
     assert probe.others[0, 0] == pytest.approx(clean[[1, 3, 8]], abs=1e-6)
@@ -115,7 +116,7 @@ def test_what_others_contributed_is_noted_without_canary_and_noise() -> None:
 
 
 def test_the_batch_is_noted_with_canaries_as_units() -> None:
-    probe = Probe(canaries([SUMMED, SUMMED], [True, True], [1, 3]), C, 1, 1)
+    probe = Probe(canaries([SUMMED, SUMMED], [True, True], [1, 3]), C, 1, 1, WHERE)
     probed_step(probe, 0.0, torch.tensor([0, 0, 1, 2, 2]))
     (drawn,) = probe.drawn
     assert drawn.units.tolist() == [0, 1, 2, 3, 4]
@@ -125,7 +126,7 @@ def test_the_batch_is_noted_with_canaries_as_units() -> None:
 
 
 def test_a_canary_alone_in_the_batch_is_noised_too() -> None:
-    probe = Probe(canaries([SUMMED], [True], [1]), C, 1, 1)
+    probe = Probe(canaries([SUMMED], [True], [1]), C, 1, 1, WHERE)
     made = parameters()
     place = Place(probe, 0, 1, probe.held_by(0), 5, None)
     joint = ProbedOptimizer(place, groups(made, 1.0), C, NoiseSource.for_simulation("probe"))
@@ -142,7 +143,7 @@ def test_the_trainer_is_itself_again_afterwards(tmp_path: Path) -> None:
     from fedgraft_client import site, training
 
     before = vars(site)["train_round"], vars(training)["JointOptimizer"]
-    probe = Probe(canaries([SUMMED], [True], [1]), C, 1, 1)
+    probe = Probe(canaries([SUMMED], [True], [1]), C, 1, 1, WHERE)
     with pytest.raises(RuntimeError), probe.watching(0):
         assert vars(site)["train_round"] is not before[0]
         raise RuntimeError
