@@ -57,7 +57,9 @@ def plan() -> Plan:
     plan = load_plan(PLANS / "digits.toml").replace(
         changes | {"aggregation.sites": SITES, "sites.partitioner": "IidPartitioner"}
     )
-    return plan.replace({"sites.options": {}, "sites.label_sets": ()})
+    # Each site is a simulation of its own here, with its own keys: test_secure_federation.py
+    changes = {"sites.options": {}, "sites.label_sets": ()}
+    return plan.replace(changes | {"privacy.secure_aggregation": "summed"})
 
 
 @contextmanager
