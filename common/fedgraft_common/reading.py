@@ -132,8 +132,8 @@ class Reading(BaseModel):
     )
     skip_broken: bool = Field(
         default=False,
-        description="Leave broken records out (they are listed in the log) instead of refusing "
-        "the source.",
+        description="Leave broken records out (`fedgraft data check` lists them) instead of "
+        "refusing the source.",
     )
 
 
