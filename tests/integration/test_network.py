@@ -150,7 +150,8 @@ class Forecast:
             self.network.weather = FAIR
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow  # five minutes, nearly all of them waiting for a connection that is down
+@pytest.mark.timeout(900)
 def test_a_run_over_a_bad_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And both sides' logs of it, for machines."""
     monkeypatch.setenv(AS_JSON, "1")
