@@ -67,7 +67,7 @@ def test_json_lines_hold_the_known_fields_and_nothing_else() -> None:
 def test_text_lines_are_for_people() -> None:
     found = lines(as_json=False)
     assert found[0].endswith("INFO    answered: ok  [action=answer run=7 round=3 site=ward 3]")
-    assert found[1].endswith("INFO    two\\nlines")  # nobody forges a line
+    assert found[1].endswith("INFO    two\\nlines  [action=daemon]")  # nobody forges a line
     assert not any("accuracy" in line or "not written" in line for line in found)
     assert "ValueError: broken" in found[-1]
 
