@@ -69,23 +69,26 @@ class KeptProcess:
         """Starts it again whenever it dies, later each time, until cancelled; then stops it."""
         deaths = 0
         word = self.name.lower()
-        readers: list[asyncio.Task[None]] = []
+        readers: list[tuple[asyncio.Task[None], asyncio.ReadTransport]] = []
         try:
             while True:
                 began = time.monotonic()
                 self.started = time.time()
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "fedgraft_server.tied", str(os.getpid()),
-                    *self._command, env=self._environment,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-                )  # fmt: skip
+                output, pipe, end = await _pipe()
+                try:
+                    self._process = await asyncio.create_subprocess_exec(
+                        sys.executable, "-m", "fedgraft_server.tied", str(os.getpid()),
+                        *self._command, env=self._environment,
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=end, stderr=asyncio.subprocess.STDOUT,
+                    )  # fmt: skip
+                finally:
+                    os.close(end)
                 LOG.info("%s started", self.name, extra={"action": f"{word}-start"})
-                assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-                reading = asyncio.create_task(self._output.follow(self._process.stdout))
-                readers.append(reading)  # its children may print when it is dead
+                reading = asyncio.create_task(self._output.follow(output))
+                readers.append((reading, pipe))  # its children may print when it is dead
                 code = await self._process.wait()
-                readers[:] = [one for one in readers if not one.done()]
+                readers[:] = [one for one in readers if not one[0].done()]
                 deaths = 1 if time.monotonic() - began > _SETTLED else deaths + 1
                 delay = min(_MAX_DELAY, 0.5 * 2 ** min(deaths - 1, 10))
                 LOG.error(
@@ -95,9 +98,10 @@ class KeptProcess:
                 await asyncio.sleep(delay)
         finally:
             await self._stop()
-            for one in readers:
-                one.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            for reading, pipe in readers:
+                reading.cancel()
+                pipe.close()
+            await asyncio.gather(*(one for one, _ in readers), return_exceptions=True)
 
     async def _stop(self) -> None:
         process = self._process
@@ -111,3 +115,13 @@ class KeptProcess:
             process.kill()
             await process.wait()
         LOG.info("%s stopped", self.name, extra={"action": f"{self.name.lower()}-stop"})
+
+
+async def _pipe() -> tuple[asyncio.StreamReader, asyncio.ReadTransport, int]:
+    """A pipe whose reading end can be closed while a grandchild still holds the other."""
+    reading, writing = os.pipe()
+    output = asyncio.StreamReader()
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(output), os.fdopen(reading, "rb", 0)
+    )
+    return output, pipe, writing

@@ -58,10 +58,6 @@ def test_it_is_started_later_each_time_until_it_has_lived_for_a_while(
     class Dead:
         returncode = 1
 
-        def __init__(self) -> None:
-            self.stdout = asyncio.StreamReader()
-            self.stdout.feed_eof()
-
         async def wait(self) -> int:
             clock[0] += lives[len(slept)]
             return 1
