@@ -58,8 +58,9 @@ def plan() -> Plan:
         changes | {"aggregation.sites": SITES, "sites.partitioner": "IidPartitioner"}
     )
     # Each site is a simulation of its own here, with its own keys: test_secure_federation.py
-    changes = {"sites.options": {}, "sites.label_sets": ()}
-    return plan.replace(changes | {"privacy.secure_aggregation": "summed"})
+    return plan.replace(
+        {"sites.options": {}, "sites.label_sets": (), "privacy.secure_aggregation": "summed"}
+    )
 
 
 @contextmanager
