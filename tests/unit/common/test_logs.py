@@ -38,7 +38,7 @@ def lines(as_json: bool) -> list[str]:
     extra = {"action": "answer", "run": "7", "round": 3, "site": "ward 3", "accuracy": 0.91}
     log.info("answered: %s", "ok", extra=extra)
     log.info("two\nlines")
-    logging.getLogger("uvicorn.error").warning("of a library")
+    logging.getLogger("a_library.part").warning("of a library")
     log.debug("not written")
     logging.getLogger("flwr").info("not written either")
     logging.getLogger("flwr").warning("of Flower's")
