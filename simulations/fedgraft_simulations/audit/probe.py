@@ -140,14 +140,16 @@ class Probe:
         def probed(
             bench: Workbench, plan: Plan, number: int, adapter: Tensors, head: LinearHead,
             cached: Cached, labels: torch.Tensor, step: StepNoise, noise: NoiseSource,
-            physical_batch: int, units: torch.Tensor | None = None, *rest: Any,
+            physical_batch: int, units: torch.Tensor | None = None,
+            remember: Callable[[int], None] = lambda _: None, views: int = 1,
         ) -> Tensors:  # fmt: skip
             current[0] = number
             place = Place(self, site, number, self.held_by(site), len(labels), units)
             with replaced(training_module, "JointOptimizer", partial(ProbedOptimizer, place)):
                 return train_round(
-                    bench, plan, number, adapter, head, place.mark(cached), place.extend(labels),
-                    step, noise, physical_batch, None if units is None else place.units, *rest,
+                    bench, plan, number, adapter, head, place.mark(cached, views),
+                    place.extend(labels), step, noise, physical_batch,
+                    None if units is None else place.units, remember, views,
                 )  # fmt: skip
 
         encode = FixedPoint.encode
@@ -192,14 +194,14 @@ class Place:
         self.units = torch.cat([own, torch.arange(first, first + len(mine))])
         self.unit_count = first + len(mine)
 
-    def extend(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for one more record for each canary."""
-        return torch.cat([tensor, tensor.new_zeros(len(self.mine), *tensor.shape[1:])])
+    def extend(self, tensor: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """Room for one more record, or all its views, for each canary."""
+        return torch.cat([tensor, tensor.new_zeros(len(self.mine) * views, *tensor.shape[1:])])
 
-    def mark(self, cached: Cached) -> Cached:
+    def mark(self, cached: Cached, views: int = 1) -> Cached:
         """The same, with a column that says which record each one is."""
-        marks = torch.arange(self.records + len(self.mine))
-        return (*(self.extend(tensor) for tensor in cached), marks)
+        marks = torch.arange(self.records + len(self.mine)).repeat_interleave(views)
+        return (*(self.extend(tensor, views) for tensor in cached), marks)
 
     def note_batch(self, marks: torch.Tensor) -> None:
         """Writes down who is in a batch."""
@@ -235,7 +237,7 @@ class ProbedOptimizer(JointOptimizer):
         place = self._place
         place.note_batch(marks)
         real = marks < place.records
-        self._here = place.mine[(marks[~real] - place.records).numpy()]
+        self._here = place.mine[(marks[~real].unique() - place.records).numpy()]
         if sizes is not None:  # a canary is a unit of one record
             owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
             sizes = sizes[owners[real].unique()]
