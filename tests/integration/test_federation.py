@@ -65,6 +65,12 @@ def until(done: Callable[[], bool], seconds: float, federation: Federation) -> N
         time.sleep(0.1)
 
 
+def reaches(federation: Federation, folder: RunFolder, number: int, seconds: float = 300) -> None:
+    """Waits for a round; not for one of a run that has ended before it."""
+    until(lambda: folder.round >= number or folder.outcome is not None, seconds, federation)
+    assert folder.round >= number, folder.outcome
+
+
 def start(federation: Federation, plan: Plan, *options: str) -> RunFolder:
     """`fedgraft run`, as soon as the SuperLink knows the sites."""
     file = federation.directory / f"{plan.name}.json"
@@ -176,7 +182,7 @@ def test_a_stopped_run_stays_stopped_and_what_is_altered_meanwhile_is_refused(
     """By whoever has the server, but not the operator's key or the sites' goodwill."""
     long = plan.replace({"name": "stopped", "rounds.count": 30})
     folder = start(federation, long, "--group", "east")
-    until(lambda: folder.round >= 2, 120, federation)
+    reaches(federation, folder, 2)
     assert federation.fedgraft("stop", folder.name) == f"stopped     {folder.name}\n"
     until(lambda: not folder.is_worked_on(), 60, federation)
     reached = folder.round
@@ -249,13 +255,14 @@ def test_a_site_that_was_away_for_many_rounds_comes_back(
     federation: Federation, plan: Plan
 ) -> None:
     """Frozen, so that it says no goodbye and its connections stay open, and rounds go on."""
-    long = plan.replace({"name": "away", "rounds.count": 40, "rounds.deadline": 10.0})
+    long = plan.replace({"name": "absent", "rounds.count": 40, "rounds.deadline": 10.0})
     folder = start(federation, long)
-    until(lambda: folder.round >= 1, 120, federation)
+    reaches(federation, folder, 1)
     federation.processes["branch-00"].send_signal(signal.SIGSTOP)
-    frozen = folder.round
-    until(lambda: folder.round >= frozen + 4, 300, federation)
-    federation.processes["branch-00"].send_signal(signal.SIGCONT)
+    try:
+        reaches(federation, folder, folder.round + 4)
+    finally:
+        federation.processes["branch-00"].send_signal(signal.SIGCONT)
     completed(federation, folder)
     rounds = answered(federation, "branch-00", folder)
     assert rounds == sorted(set(rounds))
@@ -274,7 +281,7 @@ def test_a_server_that_moved_continues_its_runs(
     """Killed, its directory copied elsewhere, other ports: as the operator's guide says."""
     long = plan.replace({"name": "moved", "rounds.count": 30})
     folder = start(federation, long, "--group", "east")
-    until(lambda: folder.round >= 2, 120, federation)
+    reaches(federation, folder, 2)
     federation.processes["server"].kill()
     federation.processes["server"].wait()
     until(lambda: not folder.is_worked_on(), 120, federation)
