@@ -219,7 +219,14 @@ def test_a_header_that_comes_twice(federation: Federation, north: Identity) -> N
     assert federation.upstream.seen == []
 
 
-def test_revocation_works_on_an_open_connection(federation: Federation, north: Identity) -> None:
+def logged(caplog: pytest.LogCaptureFixture, action: str) -> list[str]:
+    """What the gateway wrote about refusals of a kind."""
+    return [r.getMessage() for r in caplog.records if getattr(r, "action", "") == action]
+
+
+def test_revocation_works_on_an_open_connection(
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
     with Connection(federation, north) as connection:
         assert connection.ask(PULL)[0] == 200
         with federation.registry as registry:
@@ -227,10 +234,12 @@ def test_revocation_works_on_an_open_connection(federation: Federation, north: I
         status, body = connection.ask(PULL)
         assert (status, b"revoked on" in body) == (403, True)
         assert len(federation.upstream.seen) == 1
+    [line] = logged(caplog, "refuse-certificate")
+    assert "site north, revoked on" in line
 
 
 def test_a_certificate_of_the_ca_that_is_not_in_the_registry(
-    federation: Federation, north: Identity
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A copy of the CA's key is not enough."""
     from fedgraft_common.certificates import certificate_pem, read_private_key
@@ -244,6 +253,8 @@ def test_a_certificate_of_the_ca_that_is_not_in_the_registry(
     with Connection(federation, north) as connection:
         status, body = connection.ask(PULL)
         assert (status, b"registry does not know" in body) == (403, True)
+    [line] = logged(caplog, "refuse-certificate")
+    assert "registry does not know" in line
 
 
 def handshake(federation: Federation, context: ssl.SSLContext) -> bytes:
@@ -346,7 +357,7 @@ def test_old_tls_and_plain_text(
 
 
 def test_a_declared_size_above_the_limit_is_refused_unread(
-    federation: Federation, north: Identity
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Connection(federation, north) as connection:
         connection.http.putrequest("POST", PULL)
@@ -357,6 +368,7 @@ def test_a_declared_size_above_the_limit_is_refused_unread(
         assert (response.status, response.getheader("connection")) == (413, "close")
         assert b"more than 1048576 bytes" in response.read()
     assert federation.upstream.seen == []
+    assert logged(caplog, "limit-size") == [f"refused {PULL}: request too large"]
 
 
 def test_an_undeclared_size_is_counted_and_broken_off(
@@ -442,12 +454,15 @@ def pushed(source: int, sender: int = 7) -> bytes:
     return content
 
 
-def test_nobody_speaks_in_anothers_name(federation: Federation, north: Identity) -> None:
+def test_nobody_speaks_in_anothers_name(
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
     with Connection(federation, north) as connection:
         assert connection.ask("/v1/fleet/push-messages", pushed(7))[0] == 200
         assert connection.ask("/v1/fleet/push-messages", pushed(8))[0] == 400
         assert connection.ask("/v1/fleet/push-messages", b"\xff\xff")[0] == 400
     assert [request["body"] for request in federation.upstream.seen] == [pushed(7)]
+    assert len(logged(caplog, "refuse-message")) == 2
 
 
 def test_flowers_refusals_come_back_and_its_private_headers_do_not(

@@ -163,7 +163,7 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
     "limits", [MessageLimits(bytes=300), MessageLimits(objects=3), MessageLimits(description=20)]
 )
 def test_a_reply_beyond_the_limits_is_an_answer_without_content(
-    api: Api, replies: Replies, limits: MessageLimits
+    api: Api, replies: Replies, limits: MessageLimits, caplog: pytest.LogCaptureFixture
 ) -> None:
     replies._limits = limits
     api.arrive("r1", 30)
@@ -172,6 +172,8 @@ def test_a_reply_beyond_the_limits_is_an_answer_without_content(
     assert read_status(found) is Status.FAILED
     assert len(api.confirmed) == 1
     assert replies.collect(["r1"]) == []
+    [record] = [vars(r) for r in caplog.records if vars(r).get("action") == "refuse"]
+    assert record["site"] == 30
 
 
 def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies: Replies) -> None:
