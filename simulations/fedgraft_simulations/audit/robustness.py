@@ -319,7 +319,7 @@ def group_findings(outcomes: Sequence[Outcome]) -> list[Finding]:
             + ("" if o.silent else ", and more than its word")
             for o in (broken or found)
         )
-        findings.append(Finding(claim, measured, "fail" if broken else "pass", detail))
+        findings.append(Finding(claim, measured, "fail" if broken else "pass", detail, group))
     return findings
 
 
@@ -345,6 +345,7 @@ def ledger_finding(plan: Plan, ledger: Path, event: SamplingEvent, honest: int) 
         "pass" if right else "fail",
         f"{check.entries} signed lines, {len(check.faults)} faults, witness compared: "
         f"{check.witnessed}.",
+        "ledger",
     )
 
 
