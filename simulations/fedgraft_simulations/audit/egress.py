@@ -51,6 +51,7 @@ from fedgraft_simulations.audit.part import (
     PartResult,
     Report,
     Verdict,
+    listed,
     worst,
 )
 from fedgraft_simulations.audit.planted import Canary, find
@@ -190,7 +191,7 @@ def _values(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> NDArray[np.ui
 
 def _accounted(seen: Egress, plan: Plan) -> Iterator[Finding]:
     total = sum(seen.bytes.values())
-    wrong = _listed(seen.unexplained)
+    wrong = listed(seen.unexplained)
     hidden = "masked" if plan.secure else "noised"
     masks = f"{seen.bytes['masks']:,} of keys and shares of masks, " if plan.secure else ""
     yield Finding(
@@ -216,7 +217,7 @@ def _accounted(seen: Egress, plan: Plan) -> Iterator[Finding]:
             name="committed",
         )  # fmt: skip
     else:
-        wrong = _listed(seen.uncommitted)
+        wrong = listed(seen.uncommitted)
         yield Finding(
             "Nothing left that the site's ledger had not been charged for",
             f"not in the ledger: {wrong}" if wrong else "every message is one that the ledger "
@@ -292,7 +293,7 @@ class Planted:
 
     def findings(self) -> Iterator[Finding]:
         """What it shows."""
-        wrong = _listed(self.hits)
+        wrong = listed(self.hits)
         yield Finding(
             "A text and a picture planted in a site's data never leave it",
             f"found: {wrong}" if wrong else f"{self.messages:,} messages searched for "
@@ -302,7 +303,7 @@ class Planted:
             "record; the picture is a record, searched for raw and after the frozen layers, in "
             "five number formats.", "canaries",
         )  # fmt: skip
-        wrong = _listed(self.failed)
+        wrong = listed(self.failed)
         yield Finding(
             "A round that fails says so in one word, without the reason",
             wrong or f"{self.failures} requests failed on purpose, with the planted text in the "
@@ -412,11 +413,6 @@ def _leaks(exchange: Exchange, canary: Canary) -> Iterator[Exchange]:
 
 
 # -- words
-
-
-def _listed(faults: list[str] | tuple[str, ...]) -> str:
-    rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return "; ".join(faults[:3]) + rest
 
 
 def _summary(verdict: Verdict, seen: Egress, run: Rehearsal) -> str:

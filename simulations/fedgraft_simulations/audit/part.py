@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -148,3 +148,9 @@ def worst(findings: tuple[Finding, ...]) -> Verdict:
     if "fail" in verdicts:
         return "fail"
     return "pass" if "pass" in verdicts else "info"
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first three faults in words, and how many more there are; empty if there is none."""
+    rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return "; ".join(faults[:3]) + rest

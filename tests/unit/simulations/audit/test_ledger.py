@@ -17,7 +17,8 @@ from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.errors import LedgerError
 from fedgraft_common.mechanism import step_noise
 from fedgraft_common.plan import Plan, parse_plan
-from fedgraft_simulations.audit.ledger import Account, LedgerPart, audit_account
+from fedgraft_simulations.audit.account import Account, audit_account
+from fedgraft_simulations.audit.ledger import LedgerPart
 from fedgraft_simulations.audit.part import AuditContext, Finding
 
 
