@@ -12,6 +12,7 @@ from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.partition import partition
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_site_refuses_a_hostile_server_over_real_processes(tmp_path: Path) -> None:
     plan = load_plan(PLANS / "digits.toml", ["aggregation.sites=16"])
