@@ -7,6 +7,7 @@ exports of every site of the rehearsal. Which plan and whose rules a ledger is h
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from typing import Any
 from fedgraft_client.account import MANY, public_key
 from fedgraft_client.entry import Entry, Kind, charges, find_faults, output_of, spent
 from fedgraft_client.policy import Policy
+from fedgraft_client.site_file import Data
 from fedgraft_common.accounting import SamplingEvent, epsilon, epsilon_bound, second_opinion
 from fedgraft_common.errors import PrivacyError
 from fedgraft_common.mechanism import StepNoise, step_noise
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.part import Finding, listed
 
-PRECISION = 1e-9
-"""Relative difference of two noise multipliers that a ledger and a plan may show by rounding."""
+PRECISION, SURPLUS = 1e-9, 1e-6
+"""Relative difference by which a charged noise multiplier may fall short of the plan's, by
+rounding, and by which it may exceed it: more noise on paper than in the sum lowers epsilon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,18 @@ class Account:
         plan: the plan under audit.
         policy: the site's rules, if the auditor has them.
         rehearsed: the plan is known to have run, so the ledger must know of it.
+        data: what the site says in public about its data set, if the auditor has the site file.
+        earlier: the lines of a witness or of an earlier export, if the auditor has one.
+        key: the site's public key as the auditor knows it, in hexadecimal.
     """
 
     entries: Sequence[Entry]
     plan: Plan
     policy: Policy | None = None
     rehearsed: bool = False
+    data: Data | None = None
+    earlier: Sequence[Entry] | None = None
+    key: str | None = None
 
     @property
     def reservations(self) -> list[Entry]:
@@ -61,7 +70,9 @@ def audit_account(account: Account) -> Iterator[Finding]:
         LedgerError: it does not begin with the site's key.
     """
     yield _chain(account)
+    yield from _earlier(account)
     yield _key(account)
+    yield _dataset(account)
     yield _replays(account)
     yield _sealed(account)
     yield from _plan(account)
@@ -81,12 +92,65 @@ def _chain(account: Account) -> Finding:
     )
 
 
+def _earlier(account: Account) -> Iterator[Finding]:
+    """A chain is whole up to wherever it was cut off; a copy of its own past shows that it was."""
+    if account.rehearsed:
+        return
+    claim = "Nothing was cut off at the end, and nothing was written anew"
+    if account.earlier is None:
+        yield Finding(
+            claim, "not checked: no witness and no earlier export was given", "info",
+            "Name one with --witness: an export that the site gave you before will do.",
+            "earlier copy",
+        )  # fmt: skip
+        return
+    seen, now = account.earlier, account.entries
+    fault = ""
+    if len(seen) > len(now):
+        fault = f"the earlier copy goes on to line {len(seen)}; this one ends at {len(now)}"
+    else:
+        pairs = enumerate(zip(seen, now, strict=False), start=1)
+        first = next((n for n, (a, b) in pairs if a.hash != b.hash), None)
+        fault = f"line {first} is another one than in the earlier copy" if first else ""
+    yield Finding(
+        claim, fault or f"all {len(seen)} lines of the earlier copy are the first ones here",
+        "fail" if fault else "pass", name="earlier copy",
+    )  # fmt: skip
+
+
+def _dataset(account: Account) -> Finding:
+    """All charges are to the one data set and unit that the first line names."""
+    opened = account.entries[0].body
+    unit, name = str(opened.get("unit")), str(opened.get("dataset"))
+    faults = [
+        f"entry {e.seq}: charged per {e.body['unit']}, not per {unit}"
+        for e in account.reservations
+        if e.body["unit"] != unit
+    ]
+    if account.data is not None:
+        mine = {"data.name": (name, account.data.name), "data.unit": (unit, account.data.unit)}
+        faults += [f"{k}: {a} here, {b} in the site file" for k, (a, b) in mine.items() if a != b]
+    return Finding(
+        "The account is of one data set, and counts one kind of unit",
+        f"{name}, per {unit}, {_or_none(faults)}", "fail" if faults else "pass",
+        name="data set",
+    )  # fmt: skip
+
+
 def _key(account: Account) -> Finding:
     key = public_key(account.entries).public_bytes_raw().hex()
+    if account.key is not None:
+        right = key == account.key.strip().lower()
+        return Finding(
+            "The lines are signed by the site", f"by the key {key[:16]}"
+            + ("" if right else f", which is not the {account.key[:16]} that you know"),
+            "pass" if right else "fail", name="key",
+        )  # fmt: skip
     return Finding(
         "The lines are signed by the site",
         f"by the key {key[:16]}, which the ledger itself names", "info",
-        f"Compare it with the key that you know of the site: {key}", "key",
+        f"Compare it with the key that you know of the site, or name that with --site-key: {key}",
+        "key",
     )  # fmt: skip
 
 
@@ -137,7 +201,7 @@ def _sealed(account: Account) -> Finding:
             faults.append(f"entry {entry.seq}: charged to {plan[:12]} after it was sealed")
     return Finding(
         "A run whose head was refitted without noise never goes on",
-        f"{len(sealed)} runs sealed, {_or_none(faults)}", "fail" if faults else "pass",
+        f"{_counted(len(sealed), 'run')} sealed, {_or_none(faults)}", "fail" if faults else "pass",
         name="sealed",
     )  # fmt: skip
 
@@ -149,7 +213,7 @@ def _plan(account: Account) -> Iterator[Finding]:
     inconsistent = _inconsistent(account)
     yield Finding(
         "Every run keeps the mechanism that it began with",
-        f"{len({str(e.body['plan']) for e in account.reservations})} runs, "
+        f"{_counted(len({str(e.body['plan']) for e in account.reservations}), 'run')}, "
         f"{_or_none(inconsistent)}",
         "fail" if inconsistent else "pass",
         "Name, unit, mechanism, sample rate and noise multiplier of all charges to one plan hash.",
@@ -170,10 +234,13 @@ def _plan(account: Account) -> Iterator[Finding]:
             name="plan",
         )
         return
-    wrong = [fault for entry in mine for fault in _against_plan(entry, plan)]
+    nominal = account.data.nominal_size if account.data else None
+    wrong = [fault for entry in mine for fault in _against_plan(entry, plan, nominal)]
+    rounds = {int(e.body["round"]) for e in mine if e.body["purpose"] == "train"}
+    of = f"{len(mine)} charges for {len(rounds)} of {plan.rounds.count} rounds"
     yield Finding(
         f"The plan {plan.name} ({plan.hash[:12]}) was charged as it asks",
-        f"{len(mine)} charges, {_or_none(wrong)}", "fail" if wrong else "pass",
+        f"{of}, {_or_none(wrong)}", "fail" if wrong else "pass",
         "The plan's SHA-256 is computed anew; sample rate, noise, steps, unit, mechanism, shares "
         "and colluders of every charge are compared with what the plan comes to.", "plan",
     )  # fmt: skip
@@ -193,8 +260,14 @@ def _inconsistent(account: Account) -> list[str]:
     return faults
 
 
-def _against_plan(entry: Entry, plan: Plan) -> list[str]:
-    """How a charge differs from what the plan asks."""
+def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[str]:
+    """How a charge differs from what the plan asks.
+
+    Args:
+        entry: the charge.
+        plan: that it names.
+        nominal: units that the site declares, if known; the sample rate may follow from it.
+    """
     body = entry.body
     evaluates = body["purpose"] == "evaluate"
     try:
@@ -224,6 +297,18 @@ def _against_plan(entry: Entry, plan: Plan) -> list[str]:
             f"entry {entry.seq}: noise multiplier {body['noise_multiplier']:.6g}, less than the "
             f"{event.noise_multiplier:.6g} that the plan's epsilon needs"
         )
+    if body["noise_multiplier"] > event.noise_multiplier * (1 + SURPLUS):
+        faults.append(
+            f"entry {entry.seq}: noise multiplier {body['noise_multiplier']:.6g}, more than the "
+            f"{event.noise_multiplier:.6g} that the plan's steps have"
+        )
+    if nominal is not None and not evaluates and plan.training.sample_rate is None:
+        rate = plan.training.expected_batch / nominal
+        if not math.isclose(rate, body["sample_rate"], rel_tol=PRECISION):
+            faults.append(
+                f"entry {entry.seq}: sample_rate {body['sample_rate']:.6g}, not the {rate:.6g} of "
+                f"{nominal} units"
+            )
     if not 1 <= body["round"] <= plan.rounds.count:
         faults.append(f"entry {entry.seq}: round {body['round']} of {plan.rounds.count}")
     return faults
@@ -249,7 +334,9 @@ def _spending(account: Account) -> Iterator[Finding]:
     total, second, tolerance = _two_accountants(tuple(events), delta)
     agree = abs(total - second) <= tolerance
     pending = _pending(account)
+    void = sum(e.kind is Kind.VOID for e in account.entries)
     waiting = f"; {pending} charges never committed, and count" if pending else ""
+    waiting += f"; {void} taken back, as nothing had been computed" if void else ""
     yield Finding(
         "Two independent accountants agree on what was spent",
         f"epsilon {total:.4f} and {second:.4f} at delta {delta:g}{waiting}",
@@ -342,7 +429,7 @@ def _rule_approval(account: Account, policy: Policy) -> Iterator[str]:
     approved: set[str] = set()
     for entry in account.entries:
         plan = str(entry.body.get("plan"))
-        if entry.kind is Kind.APPROVE:
+        if entry.kind is Kind.APPROVE and entry.body.get("by", "operator") == "operator":
             approved.add(plan)
         elif entry.kind is Kind.RESERVE and plan not in approved:
             yield f"entry {entry.seq}: a plan that nobody had approved"
@@ -351,6 +438,10 @@ def _rule_approval(account: Account, policy: Policy) -> Iterator[str]:
 _RULES: tuple[Callable[[Account, Policy], Iterator[str]], ...] = (
     _rule_lifetime, _rule_runs, _rule_charges, _rule_approval,
 )  # fmt: skip
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _or_whole(faults: Sequence[str]) -> str:

@@ -120,7 +120,7 @@ class InversionPart:
     """The part `inversion` of an audit."""
 
     name = "inversion"
-    title = "Update inversion"
+    title = "Drawing records from updates: inversion"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Draws records from what is seen, from nothing to all."""

@@ -6,6 +6,7 @@ Nothing of the site is needed but what `fedgraft ledger export` prints; the chec
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft_client.account import export, public_key, read_ledger
-from fedgraft_client.entry import Entry, spent
+from fedgraft_client.entry import Entry, parse_entry, spent
 from fedgraft_common.accounting import epsilon_bound
+from fedgraft_common.errors import LedgerError
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.account import Account, audit_account
 from fedgraft_simulations.audit.part import (
@@ -42,9 +44,15 @@ class LedgerPart:
         files = [context.ledger] if context.ledger else _export_all(context, progress)
         ledgers = [read_ledger(file) for file in files]
         plan = _as_charged(context.plan, ledgers) if context.ledger else context.rehearsal.plan
+        site, rehearsed = context.site, context.ledger is None
+        earlier = read_copy(context.witness) if context.witness else None
         accounts = [
-            Account(entries, plan, context.policy, context.ledger is None) for entries in ledgers
-        ]
+            Account(
+                entries, plan, site.policy if site else None, rehearsed,
+                site.data if site and not rehearsed else None, earlier, context.site_key,
+            )
+            for entries in ledgers
+        ]  # fmt: skip
         found = []
         for place, account in enumerate(accounts):
             progress(0.5 + 0.5 * place / len(accounts), f"ledger {place + 1} of {len(accounts)}")
@@ -61,6 +69,26 @@ class LedgerPart:
             not_covered=_not_covered(context),
             seconds=time.perf_counter() - started,
         )
+
+
+def read_copy(path: Path) -> list[Entry]:
+    """The lines of a ledger, of an export, or of a site's witness, which is left as it is.
+
+    Raises:
+        LedgerError: it is none of these.
+    """
+    try:
+        return read_ledger(path)
+    except LedgerError:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [parse_entry(json.loads(line)) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LedgerError(
+                str(path), "no lines of a ledger",
+                "a site's witness, or what `fedgraft ledger export` wrote before",
+                "Check the path.",
+            ) from None  # fmt: skip
 
 
 def _as_charged(plan: Plan, ledgers: Sequence[Sequence[Entry]]) -> Plan:
@@ -142,7 +170,7 @@ def _export_all(context: AuditContext, progress: Report) -> list[Path]:
 def _not_covered(context: AuditContext) -> tuple[str, ...]:
     found = (
         "A ledger whose end was cut off, or that was rewritten by whoever holds the site's key, "
-        "looks whole. The witness, or an earlier export, shows it.",
+        "looks whole. The witness, or an earlier export, shows it: name one with --witness.",
         "A ledger says what was charged, not what was computed: the other parts measure that.",
     )
     if context.ledger is not None:

@@ -78,7 +78,7 @@ class MembershipPart:
     """The part `membership` of an audit."""
 
     name = "membership"
-    title = "Membership inference"
+    title = "Who took part: membership inference"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Attacks the rehearsal's adapter, updates and heads, and a run without DP."""
@@ -366,7 +366,7 @@ def _ceiling_findings(
         names = {roc.attack for roc in curves}
         own = [excess for excess in excesses if excess.attack in names]
         above = [excess for excess in own if excess.above]
-        detail = "; ".join(
+        cases = tuple(
             f"{e.attack} at {e.point.rate:.1%}: {e.point.hits} of {e.point.members} members and "
             f"{e.point.alarms} of {e.point.others} others, at least {e.lower:.2%} against a "
             f"ceiling of {e.allowed:.2%}"
@@ -389,8 +389,10 @@ def _ceiling_findings(
                 f"Nobody who holds {target} recognises members better than epsilon allows",
                 words(best) + (f"; above the ceiling at {len(above)} points" if above else ""),
                 "fail" if above else "pass",
-                detail + ". Limits hold together with 95 % confidence.",
+                "Every attack at each rate of false alarms; limits hold together with 95 % "
+                "confidence.",
                 check,
+                cases,
             )
         )
     return findings
