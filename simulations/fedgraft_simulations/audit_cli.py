@@ -210,11 +210,16 @@ def _run(
 
             results.append(run_part(part, context, told))
             progress.update(task, completed=1.0, what=results[-1].verdict)
+            if not console.is_terminal:  # a log has no bar
+                found = results[-1]
+                console.print(f"{found.name}: {found.verdict}, {found.seconds:.0f} s")
         if with_self_test:
             task = progress.add_task("self-test", total=1.0, what="")
 
             def tell(done: float, what: str) -> None:
                 progress.update(task, completed=done, what=what[:36])
+                if not console.is_terminal:
+                    console.print(f"self-test, {done:.0%} done, next {what}", highlight=False)
 
             tested = self_test(context.directory / "self-test", context.seed, progress=tell)
     return Audit(

@@ -18,7 +18,7 @@ from typing import Any
 from fedgraft_client.account import export, public_key, read_ledger
 from fedgraft_client.entry import Entry, parse_entry, spent
 from fedgraft_common.accounting import epsilon_bound
-from fedgraft_common.errors import LedgerError
+from fedgraft_common.errors import LedgerError, PrivacyError
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.account import Account, audit_account
 from fedgraft_simulations.audit.part import (
@@ -56,7 +56,14 @@ class LedgerPart:
         found = []
         for place, account in enumerate(accounts):
             progress(0.5 + 0.5 * place / len(accounts), f"ledger {place + 1} of {len(accounts)}")
-            found.append(list(audit_account(account)))
+            try:
+                found.append(list(audit_account(account)))
+            except (PrivacyError, KeyError, TypeError, ValueError) as error:
+                raise LedgerError(
+                    f"ledger {place + 1}", f"a line that says what none can: {error}",
+                    "lines as a site writes them",
+                    "Whoever wrote it had the key that it names: ask how it came about.",
+                ) from None  # fmt: skip
         findings = tuple(_together(found))
         verdict = worst(findings)
         return PartResult(
