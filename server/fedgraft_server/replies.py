@@ -37,6 +37,7 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
+from fedgraft_common.parcel import is_parcel, unwrap
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,11 @@ class Replies:
     def _inflated(self, name: str, arriving: Arriving) -> Message:
         if arriving.room < 0:
             raise too_large(self._limits)
-        reply = inflate_message(name, arriving.contents, self._limits)
+        own = arriving.contents.get(name, b"")
+        if is_parcel(own):
+            reply = unwrap(name, own, self._limits)
+        else:
+            reply = inflate_message(name, arriving.contents, self._limits)
         # A site writes what is inside; whom it comes from, gateway and SuperLink have checked.
         for fact in ("src_node_id", "reply_to_message_id", "run_id"):
             if getattr(reply.metadata, fact) != getattr(arriving.announced.metadata, fact):
