@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.app.metadata import Metadata
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.common.test_inflation import message
 
 from fedgraft_common.errors import MessageError
 from fedgraft_common.inflation import MessageLimits
@@ -19,10 +20,15 @@ from fedgraft_common.packing import pack
 from fedgraft_common.parcel import LARGEST, is_parcel, unwrap, wrap
 
 LIMITS = MessageLimits()
+METADATA = Metadata(
+    run_id=7, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="",
+    group_id="", created_at=1e9, ttl=1e9, message_type="train",
+)  # fmt: skip
+REQUEST = make_message(metadata=METADATA, content=RecordDict())
 
 
 def reply(values: int = 3) -> Message:
-    return write_reply(message(), 1, Status.OK, pack(to_record({"a": torch.ones(values)})))
+    return write_reply(REQUEST, 1, Status.OK, pack(to_record({"a": torch.ones(values)})))
 
 
 def test_what_goes_in_comes_out() -> None:
@@ -65,9 +71,7 @@ def test_anything_else_is_one_error(content: bytes) -> None:
 
 
 def test_a_parcel_of_a_million_arrays_is_not_opened() -> None:
-    many = write_reply(
-        message(), 1, Status.OK, to_record({str(n): torch.ones(1) for n in range(9)})
-    )
+    many = write_reply(REQUEST, 1, Status.OK, to_record({str(n): torch.ones(1) for n in range(9)}))
     content = wrap(many)
     assert content is not None
     with pytest.raises(MessageError, match="a message as Flower builds them"):

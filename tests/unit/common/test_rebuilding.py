@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from tests.unit.common.test_inflation import message
 
 from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import to_record
@@ -15,13 +17,17 @@ from fedgraft_common.packing import pack
 from fedgraft_common.rebuilding import leaves_of, rebuild
 
 LIMITS = MessageLimits()
+METADATA = Metadata(
+    run_id=7, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="",
+    group_id="", created_at=1e9, ttl=1e9, message_type="train",
+)  # fmt: skip
 PLAN = ConfigRecord({"plan": "{}", "round": 3, "signature": "ab"})
 ADAPTER = pack(to_record({"a": torch.arange(4.0), "b": torch.ones(2, 2)}))
 SECURE = ConfigRecord({"message": b"\x00\x01"})
 
 
 def request(content: RecordDict) -> Message:
-    return make_message(metadata=message().metadata, content=content)
+    return make_message(metadata=copy(METADATA), content=content)
 
 
 def taken_apart(made: Message) -> tuple[str, Message, dict[str, bytes]]:
