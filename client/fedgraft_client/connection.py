@@ -4,7 +4,7 @@ Flower's own `http_request_response` ends the process when it cannot connect, an
 when a heartbeat is not let in. A site that must come back after every failure cannot use that, so
 this file goes one layer deeper, to `FleetHttpClient`, with the same calls in the same order:
 
-    activate -> (pull message -> pull objects -> confirm -> answer -> push message -> push objects)*
+    activate -> (pull message -> pull objects -> answer -> push message -> push objects -> confirm)*
              -> deactivate, and a heartbeat every 20 seconds beside it
 
 Of Flower's Fleet calls eight are used. Missing on purpose: `register-node` (an operator registers
@@ -158,6 +158,7 @@ class FleetConnection:
         scheme = "http" if tls is None else "https"
         self._client = _Client(f"{scheme}://{address}", key, tls, self.limits)
         self._remembered = Remembered()
+        self._received: ConfirmMessageReceivedRequest | None = None
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
@@ -186,6 +187,7 @@ class FleetConnection:
             RunOver: its run ended while it was fetched.
         """
         with _told(self.address):
+            self._confirm()
             self._client.wait = int(wait)
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
             if not response.messages_list:
@@ -196,11 +198,9 @@ class FleetConnection:
             announced = _announced(response.messages_list[0])
             run = announced.metadata.run_id
             message, contents = self._pull(run, tree, announced)
-            self._client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run, message_object_id=tree.object_id
-                )
-            )
+        self._received = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=run, message_object_id=tree.object_id
+        )
         if message is None:
             message = inflate_message(tree.object_id, contents, self.limits.message)
         if message.metadata.run_id != run or message.metadata.dst_node_id != self.node_id:
@@ -247,6 +247,7 @@ class FleetConnection:
         try:
             if node is not None:
                 with _told(self.address):
+                    self._confirm()
                     self._client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         except (LinkError, RunOver) as error:
             log.debug("closing: %s", error, extra={"action": "close"})
@@ -260,6 +261,13 @@ class FleetConnection:
     def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
+
+    def _confirm(self) -> None:
+        """Lets the server delete the last message; not before its reply, which somebody awaits."""
+        received, self._received = self._received, None
+        if received is not None:
+            with suppress(RunOver), _told(self.address):
+                self._client.ConfirmMessageReceived(received)
 
     def _push(self, reply: Outgoing) -> bool:
         """Whether the server has all of it; if not, it will say what is still missing."""

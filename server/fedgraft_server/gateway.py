@@ -148,7 +148,6 @@ class Gateway:
         self._logged: dict[str, TokenBucket] = {}
         self._is_upstream_away = False
         self._bells = bells
-        self._replied: set[str] = set()  # sites that have sent something since their last question
         self._asked: dict[str, _Asked] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -220,16 +219,13 @@ class Gateway:
             body = _Streamed(receive, limit)
             if length is not None:
                 kept.append((b"content-length", str(length).encode()))
-        if path == _PULL_MESSAGES and self._bells is not None:
-            if site.name in self._replied:  # a site asks on when it has sent all of its reply
-                self._replied.discard(site.name)
-                self._bells.answered.ring()
-            if (wait := _wait_of(headers)) and isinstance(body, bytes):
-                await self._hold(site, kept, body, wait, receive, send)
-                return
+        wait = _wait_of(headers) if path == _PULL_MESSAGES and self._bells is not None else 0.0
+        if wait and isinstance(body, bytes):
+            await self._hold(site, kept, body, wait, receive, send)
+            return
         await self._pass_on(site, path, kept, body, send)
-        if path in (_PUSH_MESSAGES, _PUSH_OBJECT):
-            self._replied.add(site.name)
+        if path == _PUSH_OBJECT and self._bells is not None:  # perhaps the last one of a reply
+            self._bells.answered.ring()
 
     async def _hold(
         self, site: Site, headers: Headers, body: bytes, wait: float, receive: Receive, send: Send

@@ -211,6 +211,7 @@ class SuperlinkGrid(Grid):
         owing = {message.metadata.dst_node_id: Asked(message) for message in messages}
         connected = self._census()
         self._ask(owing, connected, end)
+        self._replies.tidy()
         replied = 0
         heard = seen = start  # last reply; last time that a site which owes one was connected
         while owing:

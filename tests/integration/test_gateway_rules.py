@@ -476,19 +476,17 @@ def test_no_message_is_fetched_for_a_site_that_has_left(
     assert len(federation.upstream.seen) == 1
 
 
-def test_runs_hear_of_a_reply_when_all_of_it_was_sent(
-    federation: Federation, north: Identity
-) -> None:
+def test_runs_hear_of_each_piece_of_a_reply(federation: Federation, north: Identity) -> None:
     bells = hung(federation)
     with Connection(federation, north) as connection:
         assert connection.ask(PULL)[0] == 200
-        assert connection.ask("/v1/fleet/push-object", b"o")[0] == 200
         assert bells.answered.rung() == 0
+        heard = set()
+        for _ in range(2):
+            assert connection.ask("/v1/fleet/push-object", b"o")[0] == 200
+            heard.add(bells.answered.rung())
         assert connection.ask(PULL)[0] == 200
-        rung = bells.answered.rung()
-        assert rung > 0
-        assert connection.ask(PULL)[0] == 200
-        assert bells.answered.rung() == rung
+        assert len(heard | {bells.answered.rung()}) == 2
 
 
 def test_rate_limit_is_per_site(
