@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 import ssl
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgraft_client.identity import Identity
+from fedgraft_server.bell import Bells
 from fedgraft_server.gateway import _FORWARDED, FLEET_CALLS
 
 if TYPE_CHECKING:
@@ -422,6 +424,81 @@ def test_a_client_that_leaves_in_the_middle(federation: Federation, north: Ident
     with Connection(federation, north) as connection:
         assert connection.ask(PULL)[0] == 200
     assert [request["path"].decode() for request in federation.upstream.seen] == [PULL]
+
+
+def hung(federation: Federation) -> Bells:
+    federation.directory.runs.mkdir(exist_ok=True)
+    return Bells.of(federation.directory.runs)
+
+
+def test_a_question_is_held_until_a_run_has_asked(federation: Federation, north: Identity) -> None:
+    bells, upstream = hung(federation), federation.upstream
+    upstream.answer = b""
+
+    def ask() -> None:
+        upstream.answer = b"a message"
+        bells.asked.ring()
+
+    later = threading.Timer(0.3, ask)
+    with Connection(federation, north) as connection:
+        later.start()
+        began = time.monotonic()
+        assert connection.ask(PULL, b"q", prefer="wait=8") == (200, b"a message")
+        assert 0.25 < time.monotonic() - began < 5
+        assert [(r["path"].decode(), r["body"]) for r in upstream.seen] == [(PULL, b"q")] * 2
+        assert b"prefer" not in {name for name, _ in upstream.seen[0]["headers"]}
+    later.join()
+
+
+def test_a_held_question_ends_and_costs_the_superlink_little(
+    federation: Federation, north: Identity
+) -> None:
+    bells = hung(federation)
+    federation.upstream.answer = b""
+    with Connection(federation, north) as connection:
+        began = time.monotonic()
+        assert connection.ask(PULL, prefer="wait=1") == (200, b"")
+        assert len(federation.upstream.seen) == 2  # at once, and at the end in case no bell hangs
+        assert connection.ask(PULL, prefer="wait=1") == (200, b"")
+        assert len(federation.upstream.seen) == 3
+        assert 2 <= time.monotonic() - began < 8
+        for wish in ("", "wait=", "wait=x", "wait=-1", "respond-async"):
+            assert connection.ask(PULL, prefer=wish) == (200, b"")
+        assert time.monotonic() - began < 9
+        federation.upstream.status = 412
+        bells.asked.ring()
+        assert connection.ask(PULL, prefer="wait=20")[0] == 412  # an error is told at once
+
+
+def test_no_message_is_fetched_for_a_site_that_has_left(
+    federation: Federation, north: Identity
+) -> None:
+    bells = hung(federation)
+    federation.upstream.answer = b""
+    with Connection(federation, north) as connection:
+        connection.http.request(
+            "POST", PULL, b"", {"flwr-public-key": node_key(north), "prefer": "wait=9"}
+        )
+        while not federation.upstream.seen:
+            time.sleep(0.01)
+    time.sleep(0.3)
+    federation.upstream.answer = b"a message"
+    bells.asked.ring()
+    time.sleep(0.3)
+    assert len(federation.upstream.seen) == 1
+
+
+def test_runs_hear_of_each_piece_of_a_reply(federation: Federation, north: Identity) -> None:
+    bells = hung(federation)
+    with Connection(federation, north) as connection:
+        assert connection.ask(PULL)[0] == 200
+        assert bells.answered.rung() == 0
+        heard = set()
+        for _ in range(2):
+            assert connection.ask("/v1/fleet/push-object", b"o")[0] == 200
+            heard.add(bells.answered.rung())
+        assert connection.ask(PULL)[0] == 200
+        assert len(heard | {bells.answered.rung()}) == 2
 
 
 def test_rate_limit_is_per_site(

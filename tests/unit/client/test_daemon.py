@@ -57,7 +57,7 @@ class World:
         self.connections += 1
         return self
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         self.questions.append(self.now)
         event = self.events.pop(0) if self.events else None
         if isinstance(event, Exception):

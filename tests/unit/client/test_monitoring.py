@@ -59,7 +59,7 @@ class Server:
         self.daemon: Daemon | None = None
         self.look: Callable[[], None] = lambda: None
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         if self.messages:
             return self.messages.pop()
         self.look()
