@@ -36,7 +36,7 @@ class Patience:
     Attributes:
         poll: between two looks for replies in the first seconds of a round.
         idle: between two looks at most.
-        heard: between two looks, where a bell says when a reply came.
+        heard: between two looks, where a gateway rings when a reply came.
         share: part of the time since the last reply that may pass between two looks.
         census: between two looks at which sites are connected.
         again: after which a connected site whose request was lost is asked again.
@@ -236,7 +236,7 @@ class SuperlinkGrid(Grid):
             gone = owing.keys() <= self._away or now - seen >= self._patience.absence
             if not owing or now >= end or (gone and replied >= self._enough):
                 break
-            pause = self._patience.look(now - heard, self._bells is not None)
+            pause = self._patience.look(now - heard, has_bell=rung > 0)
             self._rest(min(pause, max(end - now, 0.0)), rung)
         if owing:
             self._away |= owing.keys() - connected.keys()
