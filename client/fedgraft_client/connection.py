@@ -159,6 +159,7 @@ class FleetConnection:
         self._client = _Client(f"{scheme}://{address}", key, tls, self.limits)
         self._remembered = Remembered()
         self._received: ConfirmMessageReceivedRequest | None = None
+        self._rebuilt = ""  # id of the last request, if its server can open parcels
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
@@ -198,6 +199,7 @@ class FleetConnection:
             announced = _announced(response.messages_list[0])
             run = announced.metadata.run_id
             message, contents = self._pull(run, tree, announced)
+        self._rebuilt = "" if message is None else tree.object_id
         self._received = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run, message_object_id=tree.object_id
         )
@@ -208,8 +210,9 @@ class FleetConnection:
         return message
 
     def prepare(self, reply: Message) -> Outgoing:
-        """Turns a reply into what is sent."""
-        if (parcel := wrap(reply)) is not None:
+        """Turns a reply into what is sent: one object if the request is of our server's form."""
+        is_ours = reply.metadata.reply_to_message_id == self._rebuilt
+        if is_ours and (parcel := wrap(reply)) is not None:
             name = get_object_id(parcel)
             reply.metadata.__dict__["_message_id"] = name
             stripped = remove_content_from_message(reply)

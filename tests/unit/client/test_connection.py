@@ -430,17 +430,22 @@ def test_a_request_of_another_form_comes_as_well(fake: Fake) -> None:
     fake.offer(sent)
     with FleetConnection(fake.address, KEY, tls=None) as line:
         received = line.receive()
-    assert received is not None
+        assert received is not None
+        reply = line.prepare(write_reply(received, 1, Status.OK))
     assert received.content == sent.content
     assert fake.calls.count("pull-object") == 8  # each once
+    assert len(reply.contents) == 4  # whoever sent it may know nothing of parcels
 
 
 def test_a_large_reply_moves_in_pieces(fake: Fake) -> None:
     half = pack(to_record({"a": torch.zeros(LARGEST // 8)}))
     whole = pack(to_record({"a": torch.zeros(LARGEST // 4)}))
+    fake.offer(message())
     with FleetConnection(fake.address, KEY, tls=None) as line:
+        request = line.receive()
+        assert request is not None
         small, large = (
-            line.prepare(write_reply(message(), 1, Status.OK, found)) for found in (half, whole)
+            line.prepare(write_reply(request, 1, Status.OK, found)) for found in (half, whole)
         )
     assert list(small.contents) == [small.tree.object_id] == [small.message.metadata.message_id]
     assert len(large.contents) == 6
