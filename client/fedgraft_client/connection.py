@@ -76,7 +76,7 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
-from fedgraft_common.parcel import wrap
+from fedgraft_common.parcel import is_parcel, unwrap, wrap
 from fedgraft_common.rebuilding import leaves_of, rebuild
 from fedgraft_common.remembered import Remembered
 
@@ -329,7 +329,7 @@ class FleetConnection:
     def _pull(
         self, run: int, tree: ObjectTree, announced: Message
     ) -> tuple[Message | None, dict[str, bytes]]:
-        """The message if its leaves give it, or else the contents of all its objects."""
+        """The message if it is of our form, or else the contents of all its objects."""
         names = object_names(tree, self.limits.message)
         leaves = leaves_of(tree)
         room = self.limits.message.bytes
@@ -359,6 +359,9 @@ class FleetConnection:
 
         try:
             contents = pull_all(leaves)
+            if is_parcel(contents.get(tree.object_id, b"")):
+                name = tree.object_id
+                return unwrap(name, contents[name], self.limits.message), {}
             message = rebuild(tree.object_id, announced, contents, self.limits.message)
             if message is None:
                 contents |= pull_all([name for name in names if name not in contents])

@@ -24,6 +24,7 @@ from fedgraft_common.messages import ADAPTER
 from fedgraft_common.packing import is_packed, pack, unpack
 from fedgraft_server.bell import LISTEN, Bells
 from fedgraft_server.replies import Replies
+from fedgraft_server.requests import Requests
 
 log = logging.getLogger(__name__)
 ONLINE: Final = "online"
@@ -113,6 +114,7 @@ class SuperlinkGrid(Grid):
         self._patience = patience or Patience()
         self._clock = clock
         self._sleep = sleep
+        self._requests = Requests(grid)
         self._replies = Replies(grid)
         self._connected: dict[int, str] = {}
         self._looked = float("-inf")  # clock at the last look at who is connected
@@ -173,7 +175,7 @@ class SuperlinkGrid(Grid):
                     "Name the site in the run, or leave it alone.",
                 )  # fmt: skip
         _pack(batch)
-        names = list(self._grid.push_messages(batch)) if batch else []
+        names = self._requests.push(batch, self._replies.able) if batch else []
         if self._bells is not None:
             self._bells.asked.ring()
         return names
