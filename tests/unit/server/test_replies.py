@@ -145,7 +145,7 @@ def parcel(api: Api, node: int, **forged: Any) -> Message:
     assert content is not None
     name = hashlib.sha256(content).hexdigest()
     sent.metadata.__dict__.update(
-        _src_node_id=node, _reply_to_message_id="r1", _message_id=name
+        _src_node_id=node, _reply_to_message_id="r1", _run_id=1, _message_id=name
     )  # fmt: skip
     api.objects = {name: content}
     announced = message_to_proto(make_message(metadata=sent.metadata, content=RecordDict()))
