@@ -29,8 +29,10 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
+from flwr.app.metadata import Metadata
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -197,7 +199,7 @@ class FleetConnection:
                 raise malformed("a message without objects")
             tree = response.message_object_trees[0]
             announced = _announced(response.messages_list[0])
-            run = announced.metadata.run_id
+            run = announced.run_id
             message, contents = self._pull(run, tree, announced)
         self._rebuilt = "" if message is None else tree.object_id
         self._received = ConfirmMessageReceivedRequest(
@@ -327,7 +329,7 @@ class FleetConnection:
             return False
 
     def _pull(
-        self, run: int, tree: ObjectTree, announced: Message
+        self, run: int, tree: ObjectTree, announced: Metadata
     ) -> tuple[Message | None, dict[str, bytes]]:
         """The message if it is of our form, or else the contents of all its objects."""
         names = object_names(tree, self.limits.message)
@@ -485,10 +487,10 @@ class _Client(FleetHttpClient):
         return httpx.Response(response.status_code, content=bytes(content), request=context.request)
 
 
-def _announced(found: ProtoMessage) -> Message:
-    """Who sends what, without the content."""
+def _announced(found: ProtoMessage) -> Metadata:
+    """Who sends what."""
     try:
-        return message_from_proto(found)
+        return metadata_from_proto(found.metadata)
     except Exception as error:  # Flower's readers raise whatever protobuf and str do
         raise malformed(type(error).__name__) from None
 
