@@ -24,6 +24,7 @@ from fedgraft_common.messages import ADAPTER
 from fedgraft_common.packing import is_packed, pack, unpack
 from fedgraft_server.bell import LISTEN, Bells
 from fedgraft_server.replies import Replies
+from fedgraft_server.requests import Requests
 
 log = logging.getLogger(__name__)
 ONLINE: Final = "online"
@@ -36,7 +37,7 @@ class Patience:
     Attributes:
         poll: between two looks for replies in the first seconds of a round.
         idle: between two looks at most.
-        heard: between two looks, where a bell says when a reply came.
+        heard: between two looks, where a gateway rings when a reply came.
         share: part of the time since the last reply that may pass between two looks.
         census: between two looks at which sites are connected.
         again: after which a connected site whose request was lost is asked again.
@@ -113,6 +114,7 @@ class SuperlinkGrid(Grid):
         self._patience = patience or Patience()
         self._clock = clock
         self._sleep = sleep
+        self._requests = Requests(grid)
         self._replies = Replies(grid)
         self._connected: dict[int, str] = {}
         self._looked = float("-inf")  # clock at the last look at who is connected
@@ -173,7 +175,7 @@ class SuperlinkGrid(Grid):
                     "Name the site in the run, or leave it alone.",
                 )  # fmt: skip
         _pack(batch)
-        names = list(self._grid.push_messages(batch)) if batch else []
+        names = self._requests.push(batch, self._replies.able) if batch else []
         if self._bells is not None:
             self._bells.asked.ring()
         return names
@@ -236,7 +238,7 @@ class SuperlinkGrid(Grid):
             gone = owing.keys() <= self._away or now - seen >= self._patience.absence
             if not owing or now >= end or (gone and replied >= self._enough):
                 break
-            pause = self._patience.look(now - heard, self._bells is not None)
+            pause = self._patience.look(now - heard, has_bell=rung > 0)
             self._rest(min(pause, max(end - now, 0.0)), rung)
         if owing:
             self._away |= owing.keys() - connected.keys()
