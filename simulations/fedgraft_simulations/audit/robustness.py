@@ -99,7 +99,7 @@ class ShortWire:
         """The server's number for the site."""
         return NODE
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         """The next message; when none is left, the daemon is told to stop."""
         if not self.waiting:
             self.stop()  # type: ignore[operator]

@@ -211,13 +211,13 @@ def wait_for_nodes(runs: Runs, count: int = SITES) -> list[int]:
     raise RuntimeError(f"fewer than {count} sites connected")
 
 
-def finish(runs: Runs, number: int) -> None:
-    """Waits until a run has finished.
+def finish(runs: Runs, number: int, patience: float = PATIENCE) -> None:
+    """Waits until a run has finished, at most so many seconds.
 
     Raises:
         RuntimeError: it failed, or takes too long.
     """
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while time.monotonic() < end:
         state = runs.state(number)
         if state.status == "finished":
@@ -227,7 +227,7 @@ def finish(runs: Runs, number: int) -> None:
                 )
             return
         time.sleep(0.2)
-    raise RuntimeError(f"run {number} did not finish in {PATIENCE:g} s")
+    raise RuntimeError(f"run {number} did not finish in {patience:g} s")
 
 
 def new_key(path: Path) -> ec.EllipticCurvePrivateKey:

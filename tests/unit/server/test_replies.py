@@ -108,8 +108,9 @@ def test_complete_replies_are_handed_over_once(api: Api, replies: Replies) -> No
     assert [m.metadata.src_node_id for m in found] == [3, 4]
     assert found[0].content == first.content
     assert found[1].metadata.message_id == second.object_id
-    assert sorted(api.confirmed) == sorted([first.object_id, second.object_id])
     assert replies.collect(["r3"]) == []
+    replies.tidy()
+    assert sorted(api.confirmed) == sorted([first.object_id, second.object_id])
 
 
 def test_nobody_waits_for_a_reply_that_is_still_being_sent(api: Api, replies: Replies) -> None:
@@ -156,6 +157,7 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
     [found] = replies.collect(["r1"])
     assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
     assert read_status(found) is Status.FAILED
+    replies.tidy()
     assert api.confirmed == [name]
 
 
@@ -163,15 +165,18 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
     "limits", [MessageLimits(bytes=300), MessageLimits(objects=3), MessageLimits(description=20)]
 )
 def test_a_reply_beyond_the_limits_is_an_answer_without_content(
-    api: Api, replies: Replies, limits: MessageLimits
+    api: Api, replies: Replies, limits: MessageLimits, caplog: pytest.LogCaptureFixture
 ) -> None:
     replies._limits = limits
     api.arrive("r1", 30)
     [found] = replies.collect(["r1"])
     assert found.metadata.src_node_id == 30
     assert read_status(found) is Status.FAILED
-    assert len(api.confirmed) == 1
     assert replies.collect(["r1"]) == []
+    [record] = [vars(r) for r in caplog.records if vars(r).get("action") == "refuse"]
+    assert record["site"] == 30
+    replies.tidy()
+    assert len(api.confirmed) == 1
 
 
 def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies: Replies) -> None:
