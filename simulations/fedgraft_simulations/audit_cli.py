@@ -259,7 +259,7 @@ def _print(found: Audit) -> None:
         for column in ("planted bug", "ledger", "egress", "mechanism"):
             table.add_column(column)
         for case in found.self_test.bugs:
-            cells = (", ".join(case.caught.get(part, ())) or "–" for part in
+            cells = ("; ".join(case.caught.get(part, ())) or "–" for part in
                      ("ledger", "egress", "mechanism"))  # fmt: skip
             table.add_row(case.name if case.alarm else f"{case.name} (MISSED)", *cells)
         console.print(table, highlight=False)

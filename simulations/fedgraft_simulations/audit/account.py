@@ -84,7 +84,7 @@ def _chain(account: Account) -> Finding:
     faults = find_faults(account.entries, public_key(account.entries))
     return Finding(
         "No line was changed, removed, inserted or re-dated",
-        f"{len(account.entries)} lines, {_or_whole(faults)}",
+        f"{_counted(len(account.entries), 'line')}, {_or_whole(faults)}",
         "fail" if faults else "pass",
         "Numbers without gaps, SHA-256 chain, Ed25519 signatures, times that never go back, each "
         "commit and each void of one open reservation.",

@@ -120,7 +120,7 @@ class InversionPart:
     """The part `inversion` of an audit."""
 
     name = "inversion"
-    title = "Drawing records from updates: inversion"
+    title = "Hiding the records themselves"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Draws records from what is seen, from nothing to all."""
@@ -493,7 +493,9 @@ def _findings(
         found = leaks(by_name[name], prior, gallery)
         findings.append(
             Finding(
-                f"No record can be drawn from what the server gets ({name})",
+                "A record that is alone in its batch cannot be drawn"
+                if name == ONE
+                else f"No record can be drawn from what the server gets ({name})",
                 f"{described(by_name[name])}; {described(prior)}",
                 "fail" if found else "pass",
                 f"A leak is more identifications than guessing gives (binomial, {SIGNIFICANCE:g}) "

@@ -78,7 +78,7 @@ class MembershipPart:
     """The part `membership` of an audit."""
 
     name = "membership"
-    title = "Who took part: membership inference"
+    title = "Hiding who took part"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Attacks the rehearsal's adapter, updates and heads, and a run without DP."""
@@ -113,9 +113,13 @@ class MembershipPart:
             Figure(
                 "How many members an attacker recognises",
                 "Both axes are logarithmic: at the left are attackers who want to be sure. A curve "
-                "on the dotted line guesses. The black line is what the best conceivable attacker "
-                "could reach against the claimed mechanism; bars are 95 % intervals. A curve that "
-                "is above it with confidence refutes the claim.",
+                "on the dotted line guesses; bars are 95 % intervals."
+                + (
+                    " The black line is what the best conceivable attacker could reach against the "
+                    "claimed mechanism. A curve that is above it with confidence refutes the claim."
+                    if events
+                    else ""
+                ),
                 draw(drawn, events, bound),
             ),
             Figure(
