@@ -9,7 +9,7 @@ messages in, messages out; randomness, keys and trust are passed in; states go t
     set-up, once    SecureSite.advertise      -> SecureServer.add_advertisement   figure 4, round 0
                     SecureServer.roster       -> SecureSite.share
                     SecureSite.share          -> SecureServer.add_sharing                   round 1
-                    SecureServer.delivery     -> SecureSite.accept
+                    SecureServer.delivery     -> SecureSite.accept, or .unusable
     round t         SecureSite.mask           -> SecureRound.add_input                      round 2
                     SecureRound.close         -> SecureSite.unmask
                     SecureSite.unmask         -> SecureRound.add_answer                     round 4
@@ -292,10 +292,34 @@ class SecureSite:
             MessageError: a signature is missing, is by another key or for another roster; a share
                 is not what its sender encrypted, or is malformed.
         """
-        roster = self._signed_roster()
-        me, n = roster.number(self.name), len(roster)
         if self._held:
             return
+        self._check_delivery(delivery)
+        held = [self._opened(*received) for received in enumerate(delivery.ciphertexts)]
+        self._held = tuple(held)
+
+    def unusable(self, delivery: Delivery) -> tuple[int, ...]:
+        """Numbers of the sites whose shares in a delivery `accept` would refuse; changes nothing.
+
+        The server cannot look into a ciphertext: only whom it is for can say who deals rubbish.
+
+        Raises:
+            MessageError: something else about the delivery is wrong; see `accept`.
+        """
+        found: list[int] = []
+        if not self._held:
+            self._check_delivery(delivery)
+            for dealer, ciphertext in enumerate(delivery.ciphertexts):
+                try:
+                    self._opened(dealer, ciphertext)
+                except MessageError:
+                    found.append(dealer)
+        return tuple(found)
+
+    def _check_delivery(self, delivery: Delivery) -> None:
+        """That all sites of the roster have signed it, and each has sent something."""
+        roster = self._signed_roster()
+        n = len(roster)
         if delivery.roster != roster.digest:
             _refuse("delivery", "for another roster", "for the one this site signed")
         if len(delivery.ciphertexts) != n or len(delivery.signatures) != n:
@@ -305,23 +329,23 @@ class SecureSite:
         ):
             key = public_key(advertisement.certificate)
             verify(key, ROSTER, roster.digest, signature, advertisement.site)
-        held = []
-        for dealer, ciphertext in enumerate(delivery.ciphertexts):
-            if dealer == me:
-                held.append(self._own)
-                continue
-            who = roster.names[dealer]
-            try:
-                cipher = ChaCha20Poly1305(self._seal(roster, dealer, me))
-                shares = cipher.decrypt(_NONCE, ciphertext, None)
-            except InvalidTag:
-                _refuse(f"shares of site {who}", "changed or for somebody else", "as it sent them")
-            if len(shares) != self.terms.rounds * _SHARES:
-                _refuse(f"shares of site {who}", f"{len(shares)} bytes", "two for each round")
-            for start in range(0, len(shares), shamir.SHARE):
-                shamir.parse(shares[start : start + shamir.SHARE])
-            held.append(shares)
-        self._held = tuple(held)
+
+    def _opened(self, dealer: int, ciphertext: bytes) -> bytes:
+        """A dealer's shares for this site, for every round."""
+        roster = self._signed_roster()
+        me, who = roster.number(self.name), f"shares of site {roster.names[dealer]}"
+        if dealer == me:
+            return self._own
+        try:
+            cipher = ChaCha20Poly1305(self._seal(roster, dealer, me))
+            shares = cipher.decrypt(_NONCE, ciphertext, None)
+        except InvalidTag:
+            _refuse(who, "changed or for somebody else", "as it sent them")
+        if len(shares) != self.terms.rounds * _SHARES:
+            _refuse(who, f"{len(shares)} bytes", "two for each round")
+        for start in range(0, len(shares), shamir.SHARE):
+            shamir.parse(shares[start : start + shamir.SHARE])
+        return shares
 
     # A round (figure 4, rounds 2 and 4).
 
@@ -517,7 +541,8 @@ class SecureServer:
         """Takes a site's keys; the same again changes nothing.
 
         Raises:
-            MessageError: the roster is closed, other keys than before, or what `share` refuses.
+            MessageError: the roster is closed, other keys than before, the certificate's key is
+                that of a site of another name, or what `share` refuses.
             IdentityError: the certificate is not the site's.
         """
         if self._advertisements.get(advertisement.site) == advertisement:
@@ -529,6 +554,13 @@ class SecureServer:
                 f"one set of keys from each of {self.terms.sites} sites, before the roster closes",
             )  # fmt: skip
         check_advertisement(advertisement, self.terms, self._trust)
+        key = public_key(advertisement.certificate)
+        for known in self._advertisements.values():
+            if public_key(known.certificate) == key:
+                _refuse(
+                    f"keys of site {advertisement.site}", f"signed by the key of {known.site}",
+                    "a key for each site",
+                )  # fmt: skip
         self._advertisements[advertisement.site] = advertisement
 
     @property
@@ -632,6 +664,7 @@ class SecureRound:
 
     Attributes:
         number: of the round.
+        unreadable: the site whose secret `total` could not find; empty otherwise.
     """
 
     def __init__(self, terms: Terms, roster: Roster, number: int, context: bytes) -> None:
@@ -651,6 +684,7 @@ class SecureRound:
         self._sum = np.zeros(terms.length, dtype=terms.dtype)
         self._question: Question | None = None
         self._answers: dict[int, Answer] = {}
+        self.unreadable = ""
 
     def save(self) -> bytes:
         """The whole state, with the sum so far. Save it between `close` and asking the sites."""
@@ -823,8 +857,9 @@ class SecureRound:
                     if shamir.predict(chosen, good, other) != shares[other]:
                         wrong.add((other, dealer))
             return secret
+        self.unreadable = self._roster.names[dealer]
         raise _unfinished(
-            f"secret of site {self._roster.names[dealer]} in round {self.number}",
+            f"secret of site {self.unreadable} in round {self.number}",
             "wrong shares", f"{self._terms.needed} that fit",
         )  # fmt: skip
 
