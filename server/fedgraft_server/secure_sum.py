@@ -7,9 +7,14 @@ keeps what a restarted server needs:
     <directory>/secure-round.bin     the round being unmasked: its survivors are named once
     <directory>/transcript-NNNNNN/   what the sites signed under a set-up, for an auditor
 
-A site that is missing in a set-up, or fails in it, counts as a dropout until the next one. A round
-with too few inputs is not unmasked; it goes on when the run is resumed, with the same bytes. A
-round that cannot be unmasked is lost: the adapter stays as it was, and what it cost is spent.
+A site that is missing in a set-up, or fails in it, counts as a dropout until the next one; one that
+has lost its state gets a new set-up, once, when nobody else is away. A dealer whose shares more
+sites cannot use than may work with the server is left out; with fewer reports, those who report.
+
+A round with too few inputs is not unmasked; it goes on when the run is resumed, with the same
+bytes. A round that can never be had is lost: the adapter stays as it was, what it cost is spent,
+and the next round gets a new set-up. Its inputs exist under the old one only, and sites refuse a
+set-up for a round they have trained: so nothing is ever summed twice.
 """
 
 from __future__ import annotations
@@ -17,15 +22,23 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedgraft_common.errors import AggregationError, CheckpointError, FedgraftError, MessageError
+from fedgraft_common.errors import (
+    AggregationError,
+    CheckpointError,
+    FedgraftError,
+    IdentityError,
+    MessageError,
+)
 from fedgraft_common.files import write_atomically
 from fedgraft_common.messages import (
     ADAPTER,
@@ -43,15 +56,33 @@ from fedgraft_common.messages import (
     to_record,
 )
 from fedgraft_common.plan import Plan
-from fedgraft_common.secure_aggregation import SecureRound, SecureServer, Total
-from fedgraft_common.secure_messages import Advertisement, Answer, Sharing, pack_list, unpack_list
+from fedgraft_common.secure_aggregation import (
+    SecureRound,
+    SecureServer,
+    Total,
+    check_advertisement,
+)
+from fedgraft_common.secure_messages import (
+    Acceptance,
+    Advertisement,
+    Answer,
+    Sharing,
+    Terms,
+    from_bits,
+    pack_list,
+    unpack_list,
+)
 from fedgraft_common.secure_terms import context_of, masked_schema, secure_terms, to_vector
 from fedgraft_common.secure_transcript import Transcript
 from fedgraft_common.site_signature import Trust
 from fedgraft_server.aggregation import Aggregator
+from fedgraft_server.secure_faults import RoundLostError, SecureFaults
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 3  # set-ups in a row; each leaves out the sites that failed in the one before
+ATTEMPTS = 10  # set-ups in a row; each leaves out the sites that failed in those before
+
+Registered = Callable[[bytes], tuple[str, int | None]]
+"""A certificate (DER) to its site's name and node id; raises IdentityError if it is not live."""
 
 
 @dataclass(slots=True)
@@ -66,6 +97,25 @@ class _Setup:
     server: SecureServer
     nodes: dict[str, int]
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Site of each node."""
+        return {node: name for name, node in self.nodes.items()}
+
+
+@dataclass(slots=True)
+class _Said:
+    """What came of a question to several nodes.
+
+    Attributes:
+        answers: by node.
+        refused: nodes that say the question does not follow the protocol: asked again, they would
+            say so again.
+    """
+
+    answers: dict[int, bytes] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+
 
 class SecureSum:
     """The sums of one run.
@@ -78,6 +128,8 @@ class SecureSum:
         bits: 32 or 64: sums are modulo 2^bits.
         trust: whose certificates count, now.
         durable: whether a write waits for the disk.
+        registered: the server's registry, which says which node is which site; None in a
+            simulation, where the certificate alone does.
     """
 
     def __init__(
@@ -89,6 +141,7 @@ class SecureSum:
         bits: int,
         trust: Callable[[], Trust],
         durable: bool = True,
+        registered: Registered | None = None,
     ) -> None:
         self._plan = plan
         self._aggregator = aggregator
@@ -99,7 +152,11 @@ class SecureSum:
         self._bits = bits
         self._schema = masked_schema(aggregator.schema, bits)
         self._setup: _Setup | None = None
-        self._delivered: set[int] = set()  # nodes that have answered a round under this set-up
+        self._delivered: set[int] = set()  # nodes that have taken their shares of this set-up
+        self._registered = registered
+        self._faults = SecureFaults.read(directory)
+        self._stranded: set[int] = set()  # nodes that only a new set-up would bring back
+        self._brought: set[int] = set()  # nodes for which one was made
 
     def gather(self, number: int, adapter: Tensors) -> Total | None:
         """The sum of a round's inputs, modulo 2^bits; None if the round is lost.
@@ -111,39 +168,60 @@ class SecureSum:
         Raises:
             MessageError: too few sites, inputs or answers so far; resume the run when they are
                 back.
+            AggregationError: several rounds in a row were lost; says what can be done.
             CheckpointError: the saved state is damaged.
         """
-        setup = self._set_up_for(number)
-        open_round = self._saved(setup, number)
-        if open_round is None:
-            open_round = self._collect(setup, number, adapter)
-            self._write("secure-round.bin", open_round.save())
-        self._unmask(setup, open_round)
-        self._record(setup, open_round)
-        try:
-            total = open_round.total()
-        except AggregationError as error:
-            log.error("lost: %s", error, extra={"action": "lose", "round": number})
-            self._forget()
+        if self._faults.lost == number:  # the server was killed before its checkpoint
             return None
+        try:
+            setup = self._set_up_for(number)
+            open_round = self._saved(setup, number)
+            if open_round is None:
+                open_round = self._collect(setup, number, adapter)
+                self._write("secure-round.bin", open_round.save())
+            try:
+                self._unmask(setup, open_round)
+            finally:
+                self._record(setup, open_round)
+            return self._total(open_round)
+        except RoundLostError as lost:
+            self._lose(number, lost)
+            return None
+
+    def _total(self, finished: SecureRound) -> Total:
+        try:
+            total = finished.total()
+        except AggregationError:
+            who = finished.unreadable
+            raise RoundLostError(
+                f"{who} dealt shares that do not give its secrets, or several sites changed theirs",
+                who,
+            ) from None
         for holder, dealer in total.wrong:
-            facts = {"action": "refuse", "round": number, "site": holder}
+            facts = {"action": "refuse", "round": finished.number, "site": holder}
             log.warning("a share of %s's does not fit", dealer, extra=facts)
         return total
+
+    def _lose(self, number: int, lost: RoundLostError) -> None:
+        """Declares a round lost, on the disk before anything follows from it."""
+        log.error("lost: %s", lost.reason, extra={"action": "lose", "round": number})
+        self._faults.lose(number, lost)
+        self._faults.write(self._directory, self._durable)
+        if self._setup is None or self._setup.server.terms.first_round <= number:
+            self._forget()
+        self._faults.check(self._plan.privacy.tolerated_dropouts)
 
     # -- set-up
 
     def _set_up_for(self, number: int) -> _Setup:
         if self._setup is None:
             self._setup = self._restored()
-        current = self._setup
-        if current is None or not _covers(current.server, number):
-            self._setup = current = self._new_set_up(number)
-            self._delivered.clear()
-            (self._directory / "secure-round.bin").unlink(missing_ok=True)
-            nodes = json.dumps(current.nodes).encode()
-            self._write("secure-setup.bin", pack_list([current.server.save(), nodes]))
-        return current
+        if self._setup is None or self._setup.server.terms.last_round < number or self._stranded:
+            self._brought |= self._stranded
+            self._setup = self._new_set_up(number)
+        if self._setup.server.terms.first_round > number:
+            raise RoundLostError("the sites had begun it under a set-up that is gone")
+        return self._setup
 
     def _restored(self) -> _Setup | None:
         path = self._directory / "secure-setup.bin"
@@ -159,40 +237,143 @@ class SecureSum:
             ) from None  # fmt: skip
 
     def _new_set_up(self, number: int) -> _Setup:
-        length = sum(spec.bytes for spec in self._schema) * 8 // self._bits
-        out: set[int] = set()
-        for _ in range(ATTEMPTS):
-            session = secrets.token_bytes(16)
-            terms = secure_terms(self._plan, length, self._bits, session, number)
-            server = SecureServer(terms, self._trust())
-            nodes = self._advertise(server, number, set(self._grid.get_node_ids()) - out)
-            if len(server.advertised) < terms.needed:
-                raise _too_few("set-up", len(server.advertised), terms.needed)
-            message = server.close_roster().to_bytes()
-            asked = dict.fromkeys(nodes.values(), message)
-            for node, answer in self._ask(SecureStep.SHARE, number, asked):
-                with _noted(SecureStep.SHARE, number, node):
-                    server.add_sharing(Sharing.from_bytes(answer))
-            if server.ready:
-                facts = {"action": "set-up", "round": number}
-                log.info("secure aggregation of %d sites", len(nodes), extra=facts)
-                return _Setup(server, nodes)
-            out |= {nodes[name] for name in server.missing}
-            log.warning(
-                "no shares from %s; a new set-up without them", sorted(server.missing),
-                extra={"action": "set-up", "round": number},
+        """For this round and later ones; from the next one on, if sites have trained this one."""
+        self._forget()
+        last = self._plan.rounds.count
+        made = self._agree(number) or (self._agree(number + 1) if number < last else None)
+        if made is None and 1 < number == last:
+            raise RoundLostError("the sites had begun it under a set-up that is gone")
+        if made is None:
+            raise MessageError(
+                f"secure aggregation, set-up for round {number}", "refused by too many sites",
+                "sites that are where this server is",
+                "See their logs: they run another version, or are ahead of this server because it "
+                "was put back from an old copy. Then start a new run.",
             )  # fmt: skip
-        raise _too_few("set-up", len(server.roster) - len(server.missing), len(server.roster))
+        nodes = json.dumps(made.nodes).encode()
+        self._write("secure-setup.bin", pack_list([made.server.save(), nodes]))
+        return made
 
-    def _advertise(self, server: SecureServer, number: int, asked: Iterable[int]) -> dict[str, int]:
-        message = server.terms.to_bytes()
-        nodes: dict[str, int] = {}
-        for node, answer in self._ask(SecureStep.ADVERTISE, number, dict.fromkeys(asked, message)):
-            with _noted(SecureStep.ADVERTISE, number, node):
-                advertisement = Advertisement.from_bytes(answer)
-                server.add_advertisement(advertisement)
-                nodes.setdefault(advertisement.site, node)
-        return nodes
+    def _agree(self, first: int) -> _Setup | None:
+        """A complete set-up from a round on; None if sites have trained that round already.
+
+        Raises:
+            MessageError: too few sites; names those that were left out, and why.
+        """
+        out = dict(self._faults.out)  # site to reason
+        absent: dict[str, str] = {}
+        reports: dict[str, set[str]] = defaultdict(set)  # dealer to who cannot use its shares
+        for attempt in range(ATTEMPTS):
+            terms, trust = self._terms(first), self._trust()
+            offers, refused = self._advertise(terms, trust, first)
+            if not attempt and len(offers) < terms.needed <= len(offers) + len(refused):
+                return None
+            if not attempt and len(offers.keys() - out) < terms.needed <= len(offers):
+                log.warning("trying again with %s", sorted(out), extra={"action": "set-up"})
+                out = {}  # it does not work without them, and they may have been mended
+            setup = _Setup(SecureServer(terms, trust), {})
+            for name in sorted(offers.keys() - out):
+                node, advertisement = offers[name]
+                with _noted(SecureStep.ADVERTISE, first, node):
+                    setup.server.add_advertisement(advertisement)
+                    setup.nodes[name] = node
+            if len(setup.nodes) < terms.needed:
+                told = f" ({'; '.join(out.values())})" if out else ""
+                raise _too_few(f"set-up{told}", len(setup.nodes), terms.needed)
+            failed = self._share(setup, first)
+            complaints = [] if failed else self._deliver(setup, first, failed)
+            if not failed and not complaints:
+                facts = {"action": "set-up", "round": first}
+                log.info("secure aggregation of %d sites", len(setup.nodes), extra=facts)
+                return setup
+            for reporter, dealer in complaints:
+                reports[dealer].add(reporter)
+            absent |= failed
+            out = self._judge(reports, terms.colluders) | absent
+            log.warning(
+                "a new set-up: %s", "; ".join(out.values()),
+                extra={"action": "set-up", "round": first},
+            )  # fmt: skip
+        raise _too_few(f"set-up ({'; '.join(out.values())})", 0, terms.needed)
+
+    def _terms(self, first: int) -> Terms:
+        length = sum(spec.bytes for spec in self._schema) * 8 // self._bits
+        return secure_terms(self._plan, length, self._bits, secrets.token_bytes(16), first)
+
+    def _advertise(
+        self, terms: Terms, trust: Trust, first: int
+    ) -> tuple[dict[str, tuple[int, Advertisement]], set[int]]:
+        """Node and keys of each site that has a right to its name; nodes that refuse the terms."""
+        asked = dict.fromkeys(self._grid.get_node_ids(), terms.to_bytes())
+        said = self._ask(SecureStep.ADVERTISE, first, asked)
+        offers: dict[str, tuple[int, Advertisement]] = {}
+        for node, answer in said.answers.items():
+            with _noted(SecureStep.ADVERTISE, first, node):
+                offered = Advertisement.from_bytes(answer)
+                if self._registered is not None:
+                    _check_registered(self._registered(offered.certificate), offered.site, node)
+                check_advertisement(offered, terms, trust)
+                if offers.setdefault(offered.site, (node, offered))[0] != node:
+                    raise IdentityError(
+                        f"node {node}", f"site {offered.site}, a second time",
+                        "one node for each site", "Somebody may be posing as that site.",
+                    )  # fmt: skip
+        return offers, said.refused
+
+    def _share(self, setup: _Setup, first: int) -> dict[str, str]:
+        """Has the roster signed; returns who has not, and why."""
+        message = setup.server.close_roster().to_bytes()
+        asked = dict.fromkeys(setup.nodes.values(), message)
+        for node, answer in self._ask(SecureStep.SHARE, first, asked).answers.items():
+            with _noted(SecureStep.SHARE, first, node):
+                sharing = Sharing.from_bytes(answer)
+                _check_name(sharing.site, setup.names[node])
+                setup.server.add_sharing(sharing)
+        return {name: f"{name} sent no shares" for name in setup.server.missing}
+
+    def _deliver(self, setup: _Setup, first: int, failed: dict[str, str]) -> list[tuple[str, str]]:
+        """Hands out the shares; one that is away gets them with its first round.
+
+        Args:
+            setup: with everybody's shares.
+            first: round.
+            failed: who has not taken them, and why, is added to it.
+
+        Returns:
+            Pairs (site, dealer whose shares it cannot use).
+        """
+        server, names = setup.server, setup.names
+        asked = {node: server.delivery(name).to_bytes() for node, name in names.items()}
+        said = self._ask(SecureStep.ACCEPT, first, asked)
+        complaints: list[tuple[str, str]] = []
+        self._delivered = set()
+        for node in said.answers.keys() | said.refused:
+            failed[names[node]] = f"{names[node]} did not take its shares"
+        for node, answer in said.answers.items():
+            with _noted(SecureStep.ACCEPT, first, node):
+                found = Acceptance.from_bytes(answer)
+                unusable = from_bits(found.unusable, len(server.roster))
+                if found.roster != server.roster.digest:
+                    raise MessageError("roster", "another", "the one it signed", "It is left out.")
+                complaints += [(names[node], server.roster.names[n]) for n in sorted(unusable)]
+                if not unusable:
+                    self._delivered.add(node)
+                del failed[names[node]]
+        return complaints
+
+    def _judge(self, reports: Mapping[str, set[str]], colluders: int) -> dict[str, str]:
+        """Whom to leave out, and why: a dealer that more sites report than may lie, else them."""
+        before = dict(self._faults.out)
+        out: dict[str, str] = {}
+        for dealer, reporters in reports.items():
+            if len(reporters) > colluders:
+                told = ", ".join(sorted(reporters))
+                self._faults.out[dealer] = f"{dealer} dealt shares that {told} cannot use"
+            else:
+                out |= {name: f"{name} cannot use the shares of {dealer}" for name in reporters}
+        if self._faults.out != before:
+            self._faults.write(self._directory, self._durable)
+        return out | self._faults.out
 
     # -- a round
 
@@ -206,8 +387,7 @@ class SecureSum:
         return saved if saved.number == number else None
 
     def _collect(self, setup: _Setup, number: int, adapter: Tensors) -> SecureRound:
-        server = setup.server
-        names = {node: name for name, node in setup.nodes.items()}
+        server, names = setup.server, setup.names
         context = context_of(self._plan, number, to_record(adapter))
         opened = SecureRound(server.terms, server.roster, number, context)
         requests = []
@@ -219,21 +399,22 @@ class SecureSum:
                 delivery = ConfigRecord({MESSAGE: server.delivery(names[node]).to_bytes()})
                 request.content = RecordDict({**request.content, SECURE: delivery})
             requests.append(request)
-        refused = []
+        refused: dict[str, str] = {}
         for reply in self._grid.send_and_receive(requests, timeout=self._plan.rounds.deadline):
             node = reply.metadata.src_node_id
-            try:
+            status = read_status(reply)
+            refused[names[node]] = "malformed" if status is Status.OK else status.value
+            with _noted("input", number, node):
                 tensors = self._input(number, reply)
                 opened.add_input(names[node], to_vector(tensors, self._schema))
                 self._delivered.add(node)
-            except FedgraftError as error:
-                facts = {"action": "refuse", "round": number, "site": node}
-                log.warning("%s", error, extra=facts)
-                refused.append(str(error.value))
+                del refused[names[node]]
         if len(opened.inputs) < server.terms.needed:
-            told = f" ({', '.join(sorted(set(refused)))})" if refused else ""
-            raise _too_few(f"round {number}{told}", len(opened.inputs), server.terms.needed)
+            self._give_up("inputs", number, setup, opened.inputs, refused)
         opened.close()
+        lost = {setup.nodes[name] for name, why in refused.items() if why == Status.MESSAGE}
+        if len(opened.inputs) + len(lost) == len(setup.nodes):
+            self._stranded = lost - self._brought
         return opened
 
     def _input(self, number: int, reply: Message) -> Tensors:
@@ -241,22 +422,55 @@ class SecureSum:
         return from_record(reply.content.array_records.get(ADAPTER, ArrayRecord()), self._schema)
 
     def _unmask(self, setup: _Setup, closed: SecureRound) -> None:
-        question = closed.close().to_bytes()
-        asked = {node: question for name, node in setup.nodes.items() if name not in closed.answers}
-        for node, answer in self._ask(SecureStep.UNMASK, closed.number, asked):
-            with _noted(SecureStep.UNMASK, closed.number, node):
+        question, number = closed.close().to_bytes(), closed.number
+        present = set(self._grid.get_node_ids())  # a site may have been revoked since
+        asked = {
+            node: question
+            for name, node in setup.nodes.items()
+            if name not in closed.answers and node in present
+        }
+        said = self._ask(SecureStep.UNMASK, number, asked)
+        refused = {setup.names[node]: Status.MESSAGE.value for node in said.refused}
+        for node, answer in said.answers.items():
+            refused[setup.names[node]] = "malformed"
+            with _noted(SecureStep.UNMASK, number, node):
                 closed.add_answer(Answer.from_bytes(answer))
+                del refused[setup.names[node]]
         if not closed.enough:
-            raise _too_few(
-                f"answers of round {closed.number}", len(closed.answers), setup.server.terms.needed
-            )
+            self._give_up("answers", number, setup, closed.answers, refused)
+
+    def _give_up(
+        self,
+        what: str,
+        number: int,
+        setup: _Setup,
+        had: frozenset[str],
+        refused: Mapping[str, str],
+    ) -> NoReturn:
+        """Ends a round: for now, or for good if those that may still come are too few.
+
+        Args:
+            what: there is too little of.
+            number: of the round.
+            setup: that it is under.
+            had: sites that gave theirs.
+            refused: sites that did not, and what they said.
+        """
+        present = set(self._grid.get_node_ids())
+        hopeless = {n for n, why in refused.items() if why in (Status.MESSAGE, "malformed")}
+        gone = {name for name, node in setup.nodes.items() if node not in present} - had
+        told = [f"{name} {why}" for name, why in sorted(refused.items())]
+        told += [f"{name} is not in the run any more" for name in sorted(gone)]
+        needed = setup.server.terms.needed
+        if len(had | (setup.nodes.keys() - hopeless - gone)) < needed:
+            raise RoundLostError(f"{len(had)} {what} of at least {needed} ({', '.join(told)})")
+        why = f" ({', '.join(told)})" if told else ""
+        raise _too_few(f"{what} of round {number}{why}", len(had), needed)
 
     # -- messages and files
 
-    def _ask(
-        self, step: SecureStep, number: int, messages: dict[int, bytes]
-    ) -> Iterator[tuple[int, bytes]]:
-        """Asks nodes, and yields what they said; one that refuses is logged."""
+    def _ask(self, step: SecureStep, number: int, messages: Mapping[int, bytes]) -> _Said:
+        """Asks nodes; one that refuses is logged."""
         requests = [
             Message(
                 RecordDict(
@@ -271,14 +485,21 @@ class SecureSum:
             )
             for node, message in sorted(messages.items())
         ]
+        said = _Said()
         for reply in self._grid.send_and_receive(requests, timeout=self._plan.rounds.deadline):
             node = reply.metadata.src_node_id
             with _noted(step, number, node):
+                if read_status(reply) is Status.MESSAGE:
+                    said.refused.add(node)
                 _check_status(number, reply)
-                yield node, read_secure(reply.content.config_records.get(SECURE))
+                answer = read_secure(reply.content.config_records.get(SECURE))
+                said.answers.setdefault(node, answer)  # a second one is ignored
+        return said
 
     def _record(self, setup: _Setup, finished: SecureRound) -> None:
-        """Adds a round's statements to the transcript."""
+        """Adds a round's statements to the transcript, also of one that is lost."""
+        if not finished.statements:
+            return
         server = setup.server
         folder = self._directory / f"transcript-{server.terms.first_round:06d}"
         if not (folder / "set-up.bin").exists():
@@ -290,7 +511,9 @@ class SecureSum:
     def _forget(self) -> None:
         """The next round gets a new set-up."""
         self._setup = None
-        (self._directory / "secure-setup.bin").unlink(missing_ok=True)
+        self._stranded = set()
+        for name in ("secure-round.bin", "secure-setup.bin"):
+            (self._directory / name).unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomically(self._directory / name, content, self._durable)
@@ -298,16 +521,29 @@ class SecureSum:
 
 @contextmanager
 def _noted(step: str, number: int, node: int) -> Iterator[None]:
-    """A site that answers wrongly is logged, and counts as one that did not answer."""
+    """A site that answers wrongly is logged, and counts as one that did not answer.
+
+    Whatever went wrong: what a stranger sent must not end the run of the others.
+    """
     try:
         yield
-    except FedgraftError as error:
+    except Exception as error:
         facts = {"action": "refuse", "round": number, "site": node}
-        log.warning("%s: %s", step, error, extra=facts)
+        known = isinstance(error, FedgraftError)
+        log.warning("%s: %s", step, error if known else repr(error), extra=facts)
 
 
-def _covers(server: SecureServer, number: int) -> bool:
-    return server.ready and server.terms.first_round <= number <= server.terms.last_round
+def _check_registered(found: tuple[str, int | None], name: str, node: int) -> None:
+    if found != (name, node):
+        raise IdentityError(
+            f"node {node}", f"keys of site {name}", f"those of the site that node is ({found[0]})",
+            "Somebody may be posing as that site; it was left out. Tell the site.",
+        )  # fmt: skip
+
+
+def _check_name(found: str, expected: str) -> None:
+    if found != expected:
+        raise MessageError("site", found, expected, "The message was ignored.")
 
 
 def _check_status(number: int, reply: Message) -> None:
