@@ -45,7 +45,8 @@ from fedgraft_common.site_signature import Trust
 from fedgraft_server.aggregation import Aggregator
 from fedgraft_server.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from fedgraft_server.evaluation import Estimate, estimate
-from fedgraft_server.secure_sum import Registered, SecureSum
+from fedgraft_server.secure_set_up import Registered
+from fedgraft_server.secure_sum import SecureSum
 
 log = logging.getLogger(__name__)
 EVALUATIONS = "evaluations.json"

@@ -9,7 +9,7 @@ asks for a lost round again nor forgets how many were lost in a row.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -40,17 +40,21 @@ class SecureFaults:
     """Of one run.
 
     Attributes:
+        directory: of the run.
+        durable: whether a write waits for the disk.
         lost: the newest lost round; 0 if none was lost.
         reasons: why it was lost, and why those before it were, as far as they are in a row.
         out: sites that later set-ups do without, and why.
     """
 
+    directory: Path
+    durable: bool = True
     lost: int = 0
     reasons: list[str] = field(default_factory=list)
     out: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, directory: Path) -> Self:
+    def read(cls, directory: Path, durable: bool = True) -> Self:
         """What `write` wrote; none if there is no file.
 
         Raises:
@@ -58,18 +62,20 @@ class SecureFaults:
         """
         path = directory / FILE
         if not path.exists():
-            return cls()
+            return cls(directory, durable)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(directory, durable, **json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
                 str(path), str(error), "what the server wrote",
                 "Delete the file: the run then tries every site and its last round again.",
             ) from None  # fmt: skip
 
-    def write(self, directory: Path, durable: bool) -> None:
+    def write(self) -> None:
         """Keeps it."""
-        write_atomically(directory / FILE, json.dumps(asdict(self), indent=2).encode(), durable)
+        kept = {"lost": self.lost, "reasons": self.reasons, "out": self.out}
+        content = json.dumps(kept, indent=2).encode()
+        write_atomically(self.directory / FILE, content, self.durable)
 
     def lose(self, number: int, lost: RoundLostError) -> None:
         """Notes a lost round, and leaves its dealer out from now on."""
