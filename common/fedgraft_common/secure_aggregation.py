@@ -60,8 +60,8 @@ Mixed lists, where S differs from site to site, are thus allowed to the server a
 a site none of whose secrets is known only hides its own input, and with it everybody's. The order
 in which answers and inputs come does not enter. The condition on d and c is checked by `Terms`.
 
-Not promised: that a sum comes out. More than d sites stop a round by staying away, and one by
-dealing wrong shares at set-up; and a site can add what it likes to the sum by its input. Not
+Not promised: that a sum comes out. More than d sites stop a round by staying away, one by dealing
+wrong shares at set-up, and few by answering with wrong ones (`_TRIES`); and a site can add what it likes to the sum by its input. Not
 promised either: anything about a server that also holds the CA's key and can invent sites or take
 their names, unless sites pin each other's keys (`Trust.pinned`); and secrecy of past rounds once
 states are stolen: a site's own state opens its own inputs, those of n - d sites everybody's.
@@ -112,8 +112,11 @@ _NONCE: Final = bytes(12)  # every sealing key encrypts once
 _SELF_MASK, _ROUND_KEY = 0, 1  # order of a dealer's shares for a round
 _SHARES: Final = 2 * shamir.SHARE
 _TRIES: Final = 1000
-"""Choices of answers to look for wrong shares in: all there are for 16 sites; for 100 sites, those
-with one liar."""
+"""Choices of answers to look for wrong shares in. k sites that answer wrongly are found for sure if
+the sum of C(d, i) C(n - d, i) for i = 0 to k is at most this: as many as there may be, d, up to 16
+sites; two with 24 sites and d = 3 or 40 and d = 2; one up to 100 sites and d = 9. More may be found,
+or the round is lost. (No maintained library decodes Reed-Solomon codes over a 257-bit prime field.)
+"""
 
 
 @dataclass(frozen=True, slots=True)
