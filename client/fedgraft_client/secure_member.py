@@ -19,11 +19,9 @@ from fedgraft_common.masks import Vector
 from fedgraft_common.messages import SecureStep
 from fedgraft_common.plan import Plan
 from fedgraft_common.secure_aggregation import SecureSite, SiteState
-from fedgraft_common.secure_messages import Delivery, Question, Roster, Terms
+from fedgraft_common.secure_messages import Acceptance, Delivery, Question, Roster, Terms, to_bits
 from fedgraft_common.secure_terms import secure_terms
 from fedgraft_common.site_signature import SiteKey, Trust
-
-ACCEPT = "accept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,13 @@ class SecureMember:
         elif step is SecureStep.SHARE:
             site = self._site()
             message = site.share(Roster.from_bytes(content), self._membership.trust()).to_bytes()
+        elif step is SecureStep.ACCEPT:
+            site, delivery = self._site(), Delivery.from_bytes(content)
+            unusable = site.unusable(delivery)
+            if not unusable:
+                site.accept(delivery)
+            bits = to_bits(unusable, len(delivery.signatures))
+            message = Acceptance(delivery.roster, bits).to_bytes()
         else:
             site = self._site()
             message = site.unmask(Question.from_bytes(content)).to_bytes()
@@ -88,14 +93,15 @@ class SecureMember:
         return message
 
     def accept(self, number: int, content: bytes) -> None:
-        """Takes the peers' shares, which come with a round's request.
+        """Takes the peers' shares with a round's request, if the site has missed that step.
 
         Raises:
             MessageError: they are not what this site's roster says.
         """
         site = self._site()
-        site.accept(Delivery.from_bytes(content))
-        self._keep(site, ACCEPT, number, b"")
+        if not site.ready:
+            site.accept(Delivery.from_bytes(content))
+            self._keep(site, SecureStep.ACCEPT, number, b"")
 
     def may_leave(self, digest: str) -> bool:
         """Whether the ledger holds a message with this SHA-256."""
@@ -161,9 +167,11 @@ class SecureMember:
         state = site.save()
         self._kept = None
         reply = hashlib.sha256(message).hexdigest()
-        if state != self._ledger.secure_state(self._plan.hash):
+        known = self._ledger.may_leave(self._plan.hash, reply)
+        complains = step == SecureStep.ACCEPT and not known  # nothing was taken
+        if complains or state != self._ledger.secure_state(self._plan.hash):
             self._ledger.keep_secure(self._plan.hash, number, step, reply, state)
-        elif not self._ledger.may_leave(self._plan.hash, reply):
+        elif not known:
             raise MessageError(
                 "secure aggregation: message", reply[:16], "one that the ledger holds",
                 "The site's state is inconsistent; start a new set-up.",

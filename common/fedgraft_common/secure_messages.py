@@ -4,6 +4,7 @@
              server -> site   Roster          everybody's advertisement
              site -> server   Sharing         encrypted shares for every peer, the roster signed
              server -> site   Delivery        the shares meant for it, everybody's signature
+             site -> server   Acceptance      that it has taken them, or whose it cannot use
     a round  site -> server   (length,) uint32 or uint64, the masked input
              server -> site   Question        whose masked inputs there are
              site -> server   Answer          one share of one secret of every site, signed
@@ -48,6 +49,7 @@ class _Kind(IntEnum):
     ANSWER = 7
     STATEMENT = 8
     LIST = 9
+    ACCEPTANCE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +314,35 @@ class Delivery:
         roster, ciphertexts, signatures = _unpack(_Kind.DELIVERY, content, 3)
         _check_sizes("delivery", (roster, HASH))
         return cls(roster, tuple(unpack_list(ciphertexts)), tuple(unpack_list(signatures)))
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What became of a delivery.
+
+    Attributes:
+        roster: digest.
+        unusable: one bit for each site of the roster whose shares were malformed or not what it
+            had encrypted, see `to_bits`; none: the shares were taken.
+    """
+
+    roster: bytes
+    unusable: bytes
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes."""
+        return _pack(_Kind.ACCEPTANCE, self.roster, self.unusable)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Reads what `to_bytes` made.
+
+        Raises:
+            MessageError: malformed.
+        """
+        roster, unusable = _unpack(_Kind.ACCEPTANCE, content, 2)
+        _check_sizes("acceptance", (roster, HASH))
+        return cls(roster, unusable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ from fedgraft_common.errors import EgressError, FedgraftError, LedgerError, Mess
 from fedgraft_common.messages import SecureStep, Status, write_secure
 from fedgraft_common.plan import Plan
 from fedgraft_common.secure_aggregation import SecureRound, SecureServer
-from fedgraft_common.secure_messages import Advertisement, Answer, Question, Sharing, to_bits
+from fedgraft_common.secure_messages import (
+    Acceptance,
+    Advertisement,
+    Answer,
+    Delivery,
+    Question,
+    Sharing,
+    from_bits,
+    to_bits,
+)
 from fedgraft_common.secure_terms import secure_terms
 from fedgraft_simulations.throwaway_keys import throwaway_keys
 
@@ -191,6 +201,41 @@ def test_a_new_set_up_is_for_later_rounds_only(sites: Sites) -> None:
     sites.ask("north", SecureStep.ADVERTISE, 2, later)
     with pytest.raises(MessageError, match="after a complete set-up"):
         sites.mask("north", 2, vector(0))
+
+
+def test_a_delivery_is_taken_or_the_dealer_is_named_in_the_ledger(tmp_path: Path) -> None:
+    sites = Sites(tmp_path)
+    for name in NAMES:
+        terms = sites.server.terms.to_bytes()
+        offered = sites.ask(name, SecureStep.ADVERTISE, 1, terms)
+        sites.server.add_advertisement(Advertisement.from_bytes(offered))
+    roster = sites.server.close_roster().to_bytes()
+    for name in NAMES:
+        dealt = sites.ask(name, SecureStep.SHARE, 1, roster)
+        sites.server.add_sharing(Sharing.from_bytes(dealt))
+    good = sites.server.delivery("north")
+    garbage = list(good.ciphertexts)
+    garbage[3] = bytes(len(garbage[3]))
+    bad = replace(good, ciphertexts=tuple(garbage))
+
+    def said(delivery: Delivery) -> frozenset[int]:
+        answer = Acceptance.from_bytes(
+            sites.ask("north", SecureStep.ACCEPT, 1, delivery.to_bytes())
+        )
+        assert answer.roster == sites.server.roster.digest
+        return from_bits(answer.unusable, len(NAMES))
+
+    with pytest.raises(MessageError, match="for another roster"):
+        said(replace(bad, roster=bytes(32)))
+    with pytest.raises(MessageError, match="does not fit"):
+        said(replace(bad, signatures=good.signatures[::-1]))
+    assert said(bad) == {3}
+    with pytest.raises(MessageError, match="after a complete set-up"):
+        sites.mask("north", 1, vector(0))
+    assert said(good) == frozenset()
+    assert said(bad) == frozenset()  # what was taken is taken
+    sites.restarted("north", lambda member, _: member.accept(1, bad.to_bytes()))
+    sites.mask("north", 1, vector(0))
 
 
 def test_a_step_without_a_set_up_or_out_of_order(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedgraft_common.errors import MessageError, PlanError
 from fedgraft_common.secure_messages import (
+    Acceptance,
     Advertisement,
     Answer,
     Delivery,
@@ -70,6 +71,7 @@ MESSAGES = st.one_of(
         st.lists(SHORT, max_size=3).map(tuple),
         st.lists(SHORT, max_size=3).map(tuple),
     ),
+    st.builds(Acceptance, HASHES, SHORT),
     st.builds(Question, HASHES, NUMBERS, SHORT),
     STATEMENTS,
     answers(),

@@ -127,3 +127,21 @@ def test_a_certificate_with_two_names_is_no_sites() -> None:
     with pytest.raises(IdentityError, match="certificate of site a"):
         TRUST.check("a", der(certificate))
     assert public_key(der(certificate)) == SITE.key.public_key()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a003020102", "a003020109"),  # a version that there is not
+        ("06082a8648ce3d040302", "06082a8648ce3d040309"),  # an unknown signature
+        ("06082a8648ce3d030107", "06082a8648ce3d030109"),  # an unknown curve
+        ("0603551d13", "0603551d25"),  # an extension twice
+        ("30", "31"),  # no certificate at all
+    ],
+)
+def test_a_malformed_certificate_is_one_error(old: str, new: str) -> None:
+    """The library has an exception of its own for each, and not all are ValueErrors."""
+    content = SITE.certificate_der
+    assert bytes.fromhex(old) in content
+    with pytest.raises(IdentityError, match="certificate of site a"):
+        TRUST.check("a", content.replace(bytes.fromhex(old), bytes.fromhex(new), 1))
