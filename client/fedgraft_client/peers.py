@@ -69,7 +69,8 @@ class Peers:
             tolerated: colluders that the plan allows for.
 
         Returns:
-            For the ledger: the roster's digest, the peers' keys, and the strangers among them.
+            For the ledger: who signs, the roster's digest, the peers' keys, and the strangers
+            among them.
 
         Raises:
             IdentityError: more strangers than that.
@@ -96,7 +97,9 @@ class Peers:
                 "Compare fingerprints with those sites, by telephone: `fedgraft site peers`; then "
                 "`fedgraft site accept-peer NAME FINGERPRINT`.",
             )  # fmt: skip
-        return {"roster": roster.digest.hex(), "peers": met, "strangers": strangers}
+        return {
+            "site": me, "roster": roster.digest.hex(), "peers": met, "strangers": strangers
+        }  # fmt: skip
 
     def _strangers(self, met: Mapping[str, str]) -> list[str]:
         if self._rule is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fedgraft_client import site_cli
 from fedgraft_client.ledger import Ledger
 from fedgraft_client.peers import Peers, Rule, accept, accepted, known_peers, strangers
 from fedgraft_common.errors import IdentityError
@@ -122,6 +125,44 @@ def test_a_key_accepted_before_the_first_roster_is_not_overruled_by_it(ledger: L
 
 def test_a_simulation_knows_everybody(ledger: Ledger) -> None:
     assert sign(ledger, HONEST, None, 0) == sign(ledger, roster(*FORGED.values()), None, 0) == []
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers are shown, accepted, known after the next set-up."""
+    (tmp_path / "site.toml").write_text(
+        'classes = ["a", "b"]\n[data]\nname = "x-rays"\nsource = "x.npz"\nnominal_size = 9\n'
+    )
+
+    class Identity:
+        def site_key(self) -> SiteKey:
+            return KEYS["me"]
+
+    monkeypatch.setattr("fedgraft_client.identity.load_identity", lambda _: Identity())
+
+    def command(*arguments: str) -> str:
+        options = ["--site", str(tmp_path / "site.toml")]
+        result = CliRunner().invoke(site_cli.app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def meet(seen: Roster) -> None:
+        with Ledger(tmp_path / "home" / "x-rays", "x-rays") as ledger:
+            sign(ledger, seen, "first")
+
+    own = f"{print_of(KEYS['me'])}  me  (this site)\n"
+    assert command("peers") == own
+    meet(roster(KEYS["a"], KEYS["b"]))
+    meet(roster(FORGED["a"], KEYS["b"]))
+    shown = command("peers")
+    assert shown.startswith(own)
+    assert f"{print_of(KEYS['b'])}  b  (known)" in shown
+    assert f"{print_of(FORGED['a'])}  a  (stranger)" in shown
+    assert "Accepted a" in command("accept-peer", "a", print_of(FORGED["a"]))
+    assert f"{print_of(FORGED['a'])}  a  (accepted, from the next set-up on)" in command("peers")
+    meet(roster(FORGED["a"], FORGED["b"]))
+    rows = json.loads(command("peers", "--json"))
+    assert {"peer": "a", "key": print_of(FORGED["a"]), "is": "known"} in rows
+    assert {"peer": "b", "key": print_of(FORGED["b"]), "is": "stranger"} in rows
 
 
 @pytest.mark.parametrize(
