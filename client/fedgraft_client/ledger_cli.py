@@ -148,6 +148,11 @@ def _words(body: object) -> str:
             f"{body['mechanism']}: q {body['sample_rate']:.4g}, "
             f"sigma {body['noise_multiplier']:.4g}, {body['steps']} steps, per {body['unit']}"
         )
-    return ", ".join(
-        f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in body.items()
-    )
+    return ", ".join(f"{key} {_word(value)}" for key, value in body.items())
+
+
+def _word(value: object) -> str:
+    """Hashes and fingerprints are cut short; `export` has all of them."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_word(part)}" for key, part in value.items()) + ")"
+    return value[:12] if isinstance(value, str) else str(value)

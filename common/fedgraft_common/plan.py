@@ -484,15 +484,15 @@ class Plan(Section):
                 "adapter.method='none' with head.training='fixed' leaves nothing to train"
             )
         sites, needed = self.aggregation.sites, self.aggregation.minimum_sites
+        if sites is not None and needed > sites:
+            raise ValueError(
+                f"aggregation.minimum_sites={needed} is more than the {sites} sites of the run"
+            )
         if self.privacy.mechanism == "distributed" and sites is not None and sites < LEAST_SITES:
             raise ValueError(
                 f"aggregation.sites={sites} is too few for the distributed mechanism, which needs "
                 f"at least {LEAST_SITES}: of two, each knows the other's sum; wait for more sites, "
                 "or use privacy.mechanism='local'"
-            )
-        if sites is not None and needed > sites:
-            raise ValueError(
-                f"aggregation.minimum_sites={needed} is more than the {sites} sites of the run"
             )
         for name in self.sites.label_sets:
             if name not in self.data.label_sets:

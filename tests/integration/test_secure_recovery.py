@@ -123,7 +123,8 @@ class Federation:
 
     def ask_again(self, home: Path) -> Said:
         """What the site says to all that the server asked it, and to every other question."""
-        site, said = self.opened(home), {}
+        site = self.opened(home)
+        said: Said = {}
         app = client_app(lambda _: site)
         for original in self.asked:
             for message in (original, *others(original)):
@@ -151,7 +152,8 @@ def note(said: Said, message: Message, reply: Message) -> None:
     """Keeps what a reply says about an input or about survivors."""
     if read_status(reply) is not Status.OK:
         return
-    number = int(message.content.config_records["plan"]["round"])  # type: ignore[call-overload]
+    number = message.content.config_records["plan"]["round"]
+    assert isinstance(number, int)
     if message.metadata.message_type == UNMASK:
         answer = Answer.from_bytes(bytes(reply.content.config_records[SECURE][MESSAGE]))  # type: ignore[arg-type]
         said.setdefault(("unmask", number), set()).add(answer.statement.survivors)
