@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedgraft_common.mechanism import against
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.comparison import Row, Study, Summary
 
@@ -212,7 +213,8 @@ def _trust(study: Study) -> str:
     honest = sites - privacy.tolerated_dropouts - privacy.tolerated_colluders
     return (
         "Distributed: each site adds a share of the noise, and only the sum over sites is "
-        f"private. Against the server, the promise rests on h = {honest} of {sites} sites being "
+        f"private. The promise is against {against(comparison.plan)}. It rests on h = {honest} of "
+        f"{sites} sites being "
         f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
         "colluders tolerated) and on secure aggregation, which reveals only the sum. " + carried
     )
