@@ -280,7 +280,8 @@ def bytes_chart(study: Study, width: int) -> Any:
     for number, row in enumerate(rows):
         look = _look(row.key)
         axes.barh([number], [row.bytes_per_round], color=look.colour, height=0.55)
-        text = bytes_words(row.bytes_per_round) if row.bytes_per_round else "nothing leaves"
+        nothing = "all records, once" if row.key.startswith("central") else "nothing leaves"
+        text = bytes_words(row.bytes_per_round) if row.bytes_per_round else nothing
         axes.annotate(
             text, (row.bytes_per_round, number), xytext=(6, 0), textcoords="offset points",
             va="center", color=INK if row.bytes_per_round else MUTED,
