@@ -355,7 +355,8 @@ def _above(axes: Any, text: str) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(known), max(known)
     margin = max(0.02, 0.08 * (high - low))
     return max(0.0, low - margin), min(1.0 + margin / 3, high + margin)
 

@@ -101,8 +101,8 @@ def title_of(score: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage without its sign."""
-    return NOT_APPLICABLE if share is None else f"{share * 100:.1f}"
+    """A share in [0, 1] as a percentage without its sign; a dash for None and NaN."""
+    return NOT_APPLICABLE if share is None or math.isnan(share) else f"{share * 100:.1f}"
 
 
 def accuracy_words(summary: Summary, seeds: int) -> str:
