@@ -9,10 +9,12 @@ with it as run configuration:
     signature   the operator's, on the plan
     backbone    directory of the plan's backbone, if it is not where the plan says
     ca          certificate of the federation's CA (PEM), for secure aggregation
+    registry    the server's, for the same: it says which node may speak for which site
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -27,6 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedgraft_common.errors import FedgraftError, ServerError
 from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_server.registry import Registry
 from fedgraft_server.run_folder import COMPLETED, FAILED, Outcome, RunFolder
 
 if TYPE_CHECKING:
@@ -102,6 +105,7 @@ def _run(
 ) -> None:
     # Imports torch, for seconds; whoever looks after runs must see the lock before.
     from fedgraft_common.site_signature import Trust
+    from fedgraft_server.bell import Bells
     from fedgraft_server.federation import run_federation
     from fedgraft_server.metrics import FILE, RunMetrics
     from fedgraft_server.superlink_grid import SuperlinkGrid
@@ -110,7 +114,10 @@ def _run(
     if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
         enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
     metrics = RunMetrics(folder.path / FILE)
-    superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply, names=names)
+    bells = Bells.of(folder.path.parent)  # of a server that has a gateway
+    superlink = SuperlinkGrid(
+        grid, sites, enough, on_reply=metrics.on_reply, names=names, bells=bells
+    )
     count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
     log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
 
@@ -122,6 +129,19 @@ def _run(
     signature, backbone = (str(config.get(key, "")) for key in ("signature", "backbone"))
     where = Path(backbone) if backbone else None
     trust = partial(Trust.from_file, Path(str(config.get("ca", ""))))
+    registry = str(config.get("registry", ""))
     run_federation(
-        plan, superlink, folder.path, note, signature=signature, backbone=where, trust=trust
-    )
+        plan, superlink, folder.path, note, signature=signature, backbone=where, trust=trust,
+        registered=partial(site_of, Path(registry)) if registry else None,
+    )  # fmt: skip
+
+
+def site_of(registry: Path, certificate: bytes) -> tuple[str, int | None]:
+    """Name and node of the site that a certificate (DER) was issued to, as of now.
+
+    Raises:
+        IdentityError: unknown, revoked or expired.
+    """
+    with Registry(registry) as opened:
+        site = opened.site_of(hashlib.sha256(certificate).hexdigest())
+    return site.name, site.node_id
