@@ -23,7 +23,7 @@ from fedgraft_common.accounting import SamplingEvent, merge
 GENESIS = "0" * 64
 FORMAT = 1
 
-Purpose = Literal["train", "evaluate"]
+Purpose = Literal["train", "evaluate", "start"]
 
 
 class Kind(StrEnum):
@@ -47,7 +47,7 @@ class Charge:
         run: the plan's name.
         plan: its hash.
         round: from 1.
-        purpose: training, or a released evaluation.
+        purpose: training, a released evaluation, or the class means that a head starts with.
         mechanism: `local` or `distributed`.
         unit: what the promise protects: `record`, or a column.
         event: sample rate, noise multiplier and steps of this round.
@@ -225,9 +225,15 @@ def spent(entries: Iterable[Entry], plan: str | None = None) -> list[SamplingEve
 
 
 def output_of(body: Mapping[str, Any]) -> str:
-    """What a `reserve` entry pays for, as the stored rounds are named: plan, or its evaluation."""
+    """What a `reserve` entry pays for, as the stored rounds are named: plan, or part of it."""
     plan = str(body["plan"])
-    return evaluation_of(plan) if body["purpose"] == "evaluate" else plan
+    names = {"evaluate": evaluation_of, "start": start_of}
+    return names[body["purpose"]](plan) if body["purpose"] in names else plan
+
+
+def start_of(plan: str) -> str:
+    """The name of the head that a plan starts with among the stored rounds."""
+    return f"{plan}/start"
 
 
 def evaluation_of(plan: str) -> str:

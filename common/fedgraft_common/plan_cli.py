@@ -74,7 +74,9 @@ def _print_integers(plan: Plan, length: int) -> None:
         f"integers    {field.bits} bits, {field.scale:.0f} to one; noise of {field.shares} of "
         f"{field.sites} sites counts"
     )
-    typer.echo(f"            epsilon {second:.4f} by Rényi moments of the discrete noise (looser)")
+    others = plan.evaluations or plan.head.training == "prototype"
+    what = "the steps' discrete noise alone" if others else "the discrete noise (looser)"
+    typer.echo(f"            epsilon {second:.4f} by Rényi moments of {what}")
 
 
 @app.command()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -19,6 +20,9 @@ from rich.text import Text
 
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.comparison import Row, Study, Summary
+
+if TYPE_CHECKING:  # which loads the whole simulation
+    from fedgraft_simulations.continual import Kept
 
 SHORT_TITLES = {
     "alone-head": "alone, head",
@@ -283,6 +287,25 @@ def site_table(study: Study) -> Table:
             epsilon_words(line.epsilon),
             *(percent(line.accuracy[summary.key]) for summary in study.summaries),
         )
+    return table
+
+
+def forgetting_table(plan: Plan, kept: Sequence[Kept]) -> Table:
+    """What the sites of an earlier run have lost: their own score before and after, in %."""
+    caption = (
+        "Each old site's own score in %, on its held-out records: with the old adapter, with the "
+        "new one and the head as it was sealed, and with the head refitted to the new one."
+    )
+    table = _table(f"Plan {plan.name}, looked at again", caption, gap=2)
+    table.add_column("site")
+    for heading in ("before", "new adapter,\nold head", "refitted", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in kept:
+        numbers = (one.before, one.after, one.refitted, one.forgotten)
+        table.add_row(Text(one.site), *(f"{value * 100:.1f}" for value in numbers))
+    means = [fmean(v) for v in zip(*(
+        (k.before, k.after, k.refitted, k.forgotten) for k in kept), strict=True)]  # fmt: skip
+    table.add_row("mean", *(f"{value * 100:.1f}" for value in means), style="bold")
     return table
 
 

@@ -67,6 +67,17 @@ def test_the_local_mechanism_is_seen_site_by_site_over_several_steps(tmp_path: P
     assert "noise, single" in result.facts
 
 
+@pytest.mark.parametrize("mechanism", ["local", "distributed"])
+def test_what_a_plan_can_switch_on_is_audited_as_it_trains(tmp_path: Path, mechanism: str) -> None:
+    changes = {
+        "privacy.mechanism": mechanism, "augmentation.views": 2, "training.weight_decay": 0.1,
+        "training.dropout": 0.3, "training.alignment": 0.1, "head.local_affine": True,
+        "head.training": "prototype",
+    }  # fmt: skip
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
+    assert failed(result) == set()
+
+
 @pytest.mark.parametrize(
     ("name", "check"), [("noise divided twice", "noise, server"), ("no clipping", "clipping")]
 )

@@ -260,6 +260,9 @@ def _inconsistent(account: Account) -> list[str]:
     return faults
 
 
+_SAID = {"evaluate": "an evaluation", "start": "a release of class means"}
+
+
 def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[str]:
     """How a charge differs from what the plan asks.
 
@@ -269,15 +272,17 @@ def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[
         nominal: units that the site declares, if known; the sample rate may follow from it.
     """
     body = entry.body
-    evaluates = body["purpose"] == "evaluate"
+    purpose = str(body["purpose"])
+    trains = purpose == "train"
     try:
-        step = _step(plan.canonical, float(body["sample_rate"]), evaluates)
+        step = _step(plan.canonical, float(body["sample_rate"]), trains)
     except PrivacyError as error:
         return [f"entry {entry.seq}: {error}"]
-    event = step.evaluation if evaluates else step.event
+    events = {"train": step.event, "evaluate": step.evaluation, "start": step.start}
+    event = events.get(purpose)
     if event is None:
-        return [f"entry {entry.seq}: an evaluation that the plan does not ask for"]
-    distributed = plan.privacy.mechanism == "distributed" and not evaluates
+        return [f"entry {entry.seq}: {_SAID.get(purpose, purpose)} that the plan does not ask for"]
+    distributed = plan.privacy.mechanism == "distributed" and trains
     expected = {
         "run": plan.name,
         "unit": plan.privacy.unit,
@@ -285,7 +290,7 @@ def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[
         "shares": plan.noise_shares if distributed else 1,
         "colluders": plan.privacy.tolerated_colluders if distributed else 0,
         "sample_rate": event.sample_rate,
-        "steps": 1 if evaluates else plan.training.local_steps,
+        "steps": plan.training.local_steps if trains else 1,
     }
     faults = [
         f"entry {entry.seq}: {key} {body[key]}, not {value}"
@@ -302,7 +307,7 @@ def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[
             f"entry {entry.seq}: noise multiplier {body['noise_multiplier']:.6g}, more than the "
             f"{event.noise_multiplier:.6g} that the plan's steps have"
         )
-    if nominal is not None and not evaluates and plan.training.sample_rate is None:
+    if nominal is not None and trains and plan.training.sample_rate is None:
         rate = plan.training.expected_batch / nominal
         if not math.isclose(rate, body["sample_rate"], rel_tol=PRECISION):
             faults.append(
@@ -315,12 +320,12 @@ def _against_plan(entry: Entry, plan: Plan, nominal: int | None = None) -> list[
 
 
 @lru_cache(maxsize=64)
-def _step(canonical: str, rate: float, evaluates: bool) -> StepNoise:
+def _step(canonical: str, rate: float, trains: bool) -> StepNoise:
     """What a plan comes to at a site with this sample rate."""
     plan = Plan.model_validate_json(canonical)
     if plan.training.sample_rate is not None:
         return step_noise(plan, 2, "as charged")
-    if evaluates:  # what an evaluation is charged does not depend on the rate
+    if not trains:  # what other releases are charged does not depend on the rate
         return step_noise(plan.replace({"training.sample_rate": 1.0}), 2, "as charged")
     return step_noise(plan, round(plan.training.expected_batch / rate), "as charged")
 
@@ -415,7 +420,7 @@ def _rule_charges(account: Account, policy: Policy) -> Iterator[str]:
         body = entry.body
         if body["noise_multiplier"] < policy.minimum_noise_multiplier:
             yield f"entry {entry.seq}: noise multiplier below minimum_noise_multiplier"
-        if body["mechanism"] not in policy.mechanisms:
+        if body["purpose"] == "train" and body["mechanism"] not in policy.mechanisms:
             yield f"entry {entry.seq}: mechanism {body['mechanism']}"
         if not any(fnmatchcase(str(body["run"]), pattern) for pattern in policy.tasks):
             yield f"entry {entry.seq}: task {body['run']}"

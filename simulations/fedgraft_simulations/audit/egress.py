@@ -169,6 +169,8 @@ def _committed(entries: list[Entry]) -> set[tuple[str, int, str]]:
         body, kind = entry.body, ""
         if entry.kind is Kind.COMMIT:
             reserved = bodies[int(body["reserve"])]
+            if reserved["purpose"] == "start":  # class means, which stay at home
+                continue
             kind = EVALUATE if reserved["purpose"] == "evaluate" else TRAIN
             found.add((kind, int(reserved["round"]), str(body["reply"])))
         elif entry.kind is Kind.SECURE and body["step"] in steps:

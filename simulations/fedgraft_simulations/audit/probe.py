@@ -159,15 +159,17 @@ class Probe:
         def probed(
             bench: Workbench, plan: Plan, number: int, adapter: Tensors, head: LinearHead,
             cached: Cached, labels: torch.Tensor, step: StepNoise, noise: NoiseSource,
-            physical_batch: int, units: torch.Tensor | None = None, *rest: Any,
+            physical_batch: int, units: torch.Tensor | None = None,
+            remember: Callable[[int], None] = lambda _: None, views: int = 1,
         ) -> Tensors:  # fmt: skip
             current[0] = number
             most = plan.privacy.records_per_unit
             place = Place(self, site, number, self.held_by(site), len(labels), units, most)
             with replaced(training_module, "JointOptimizer", partial(ProbedOptimizer, place)):
                 return train_round(
-                    bench, plan, number, adapter, head, place.mark(cached), place.extend(labels),
-                    step, noise, physical_batch, None if units is None else place.units, *rest,
+                    bench, plan, number, adapter, head, place.mark(cached, views),
+                    place.extend(labels), step, noise, physical_batch,
+                    None if units is None else place.units, remember, views,
                 )  # fmt: skip
 
         encode = FixedPoint.encode
@@ -219,14 +221,14 @@ class Place:
         self.units = torch.cat([own, first + torch.from_numpy(self.owner)])
         self.unit_count = first + len(mine)
 
-    def extend(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for the records of every canary."""
-        return torch.cat([tensor, tensor.new_zeros(len(self.owner), *tensor.shape[1:])])
+    def extend(self, tensor: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """Room for the records of every canary, each with all its views."""
+        return torch.cat([tensor, tensor.new_zeros(len(self.owner) * views, *tensor.shape[1:])])
 
-    def mark(self, cached: Cached) -> Cached:
+    def mark(self, cached: Cached, views: int = 1) -> Cached:
         """The same, with a column that says which record each one is."""
-        marks = torch.arange(self.records + len(self.owner))
-        return (*(self.extend(tensor) for tensor in cached), marks)
+        marks = torch.arange(self.records + len(self.owner)).repeat_interleave(views)
+        return (*(self.extend(tensor, views) for tensor in cached), marks)
 
     def note_batch(self, marks: torch.Tensor) -> None:
         """Writes down who is in a batch."""

@@ -266,6 +266,7 @@ def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float3
     if plan.secure:
         return probe.encoded
     sent = np.zeros_like(probe.encoded)
+    initial = to_vector(run.sites[0].bench(plan).initial, schema).astype(np.float64)[probe.where]
 
     def at(record: ArrayRecord) -> NDArray[np.float64]:
         tensors = from_record(record, schema)
@@ -277,6 +278,7 @@ def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float3
         if plan.privacy.mechanism != "distributed":  # an adapter was sent: undo the steps' size
             start = at(exchange.request.content.array_records[ADAPTER])
             rate = plan.training.learning_rate * plan.step_scale(number)
-            values = (start - values) * plan.training.expected_batch / rate
+            pull = plan.training.weight_decay * plan.training.local_steps * (start - initial)
+            values = ((start - values) / rate - pull) * plan.training.expected_batch
         sent[number - 1, exchange.site] = values
     return sent

@@ -318,6 +318,21 @@ def test_an_approved_plan_and_a_released_evaluation(ledger: Ledger) -> None:
     assert failed(audit(ledger, agreed, plan)) == set()
 
 
+def test_class_means_are_charged_as_the_plan_asks_and_only_if_it_does(ledger: Ledger) -> None:
+    plan = make_plan(**{
+        "head.training": "prototype", "privacy.mechanism": "distributed", "aggregation.sites": 3,
+    })  # fmt: skip
+    means = SamplingEvent(1.0, plan.head.start_noise, 1)
+    ledger.reserve(charge(1, plan, "start", event=means))
+    run(ledger, plan=plan, mechanism="distributed", shares=3)
+    rules = Policy(maximum_epsilon=5, maximum_delta=1e-4, mechanisms=("distributed",))
+    assert failed(audit(ledger, rules, plan)) == set()
+    ledger.reserve(charge(1, plan, "start", event=SamplingEvent(1.0, 1.0, 1)))
+    assert "noise multiplier 1, less than the 8" in audit(ledger, None, plan)["plan"].measured
+    ledger.reserve(charge(1, PLAN, "start", event=means))
+    assert "class means that the plan does not ask for" in audit(ledger)["plan"].measured
+
+
 def test_the_part_reads_one_export_and_needs_no_run(ledger: Ledger, tmp_path: Path) -> None:
     run(ledger)
     file = tmp_path / "export.jsonl"
