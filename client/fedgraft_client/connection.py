@@ -29,8 +29,10 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
+from flwr.app.metadata import Metadata
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -76,7 +78,7 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
-from fedgraft_common.parcel import wrap
+from fedgraft_common.parcel import is_parcel, unwrap, wrap
 from fedgraft_common.rebuilding import leaves_of, rebuild
 from fedgraft_common.remembered import Remembered
 
@@ -159,6 +161,7 @@ class FleetConnection:
         self._client = _Client(f"{scheme}://{address}", key, tls, self.limits)
         self._remembered = Remembered()
         self._received: ConfirmMessageReceivedRequest | None = None
+        self._rebuilt = ""  # id of the last request, if its server can open parcels
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
@@ -196,8 +199,9 @@ class FleetConnection:
                 raise malformed("a message without objects")
             tree = response.message_object_trees[0]
             announced = _announced(response.messages_list[0])
-            run = announced.metadata.run_id
+            run = announced.run_id
             message, contents = self._pull(run, tree, announced)
+        self._rebuilt = "" if message is None else tree.object_id
         self._received = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run, message_object_id=tree.object_id
         )
@@ -208,8 +212,9 @@ class FleetConnection:
         return message
 
     def prepare(self, reply: Message) -> Outgoing:
-        """Turns a reply into what is sent."""
-        if (parcel := wrap(reply)) is not None:
+        """Turns a reply into what is sent: one object if the request is of our server's form."""
+        is_ours = reply.metadata.reply_to_message_id == self._rebuilt
+        if is_ours and (parcel := wrap(reply)) is not None:
             name = get_object_id(parcel)
             reply.metadata.__dict__["_message_id"] = name
             stripped = remove_content_from_message(reply)
@@ -324,9 +329,9 @@ class FleetConnection:
             return False
 
     def _pull(
-        self, run: int, tree: ObjectTree, announced: Message
+        self, run: int, tree: ObjectTree, announced: Metadata
     ) -> tuple[Message | None, dict[str, bytes]]:
-        """The message if its leaves give it, or else the contents of all its objects."""
+        """The message if it is of our form, or else the contents of all its objects."""
         names = object_names(tree, self.limits.message)
         leaves = leaves_of(tree)
         room = self.limits.message.bytes
@@ -356,6 +361,9 @@ class FleetConnection:
 
         try:
             contents = pull_all(leaves)
+            if is_parcel(contents.get(tree.object_id, b"")):
+                name = tree.object_id
+                return unwrap(name, contents[name], self.limits.message), {}
             message = rebuild(tree.object_id, announced, contents, self.limits.message)
             if message is None:
                 contents |= pull_all([name for name in names if name not in contents])
@@ -479,10 +487,10 @@ class _Client(FleetHttpClient):
         return httpx.Response(response.status_code, content=bytes(content), request=context.request)
 
 
-def _announced(found: ProtoMessage) -> Message:
-    """Who sends what, without the content."""
+def _announced(found: ProtoMessage) -> Metadata:
+    """Who sends what."""
     try:
-        return message_from_proto(found)
+        return metadata_from_proto(found.metadata)
     except Exception as error:  # Flower's readers raise whatever protobuf and str do
         raise malformed(type(error).__name__) from None
 

@@ -36,6 +36,7 @@ class Kind(StrEnum):
     APPROVE = "approve"  # a plan is agreed to, by the operator or by the policy
     SEAL = "seal"  # the head was refitted without noise: this run is over for good
     SECURE = "secure"  # a message of secure aggregation may leave; its state is stored with it
+    PEER = "peer"  # the operator vouches for a peer's key in secure aggregation
     RECOVER = "recover"  # entries were lost and put back, or charged, from the witness
 
 
@@ -251,7 +252,10 @@ def secure_state_of(plan: str, half: str) -> str:
 
 
 def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
-    """Entry that committed the newest output of each plan; none where lines were put back."""
+    """Entry that committed the newest output of each plan; none where lines were put back.
+
+    States of secure aggregation end with any recovery.
+    """
     known = {e.seq: e for e in entries}
     newest: dict[str, int] = {}
     for entry in entries:
@@ -262,7 +266,11 @@ def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
         elif entry.kind is Kind.SECURE:
             for half in {SETUP, ROUNDS} & entry.body.keys():
                 newest[secure_state_of(str(entry.body["plan"]), half)] = entry.seq
-        elif entry.kind is Kind.RECOVER and "restored" in entry.body:
-            first = entry.seq - int(entry.body["restored"])
-            newest = {plan: seq for plan, seq in newest.items() if seq < first}
+        elif entry.kind is Kind.RECOVER:
+            first = entry.seq - int(entry.body.get("restored", 0))
+            newest = {
+                output: seq
+                for output, seq in newest.items()
+                if seq < first and secure_state_of("", "") not in output
+            }
     return newest

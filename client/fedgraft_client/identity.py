@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -114,17 +114,16 @@ class Identity:
             )
         return SiteKey(self.facts.site, read_certificate(self.directory / "site.pem"), key)
 
-    def trust(self, now: dt.datetime, pinned: Mapping[str, str] | None = None) -> Trust:
+    def trust(self, now: dt.datetime) -> Trust:
         """Whose signatures count among its peers.
 
         Args:
             now: the time, with time zone.
-            pinned: key fingerprints that this site knows, by name of the peer.
 
         Raises:
             IdentityError: the CA's certificate is missing.
         """
-        return Trust(read_certificate(self.directory / "ca.pem"), now, pinned or {})
+        return Trust(read_certificate(self.directory / "ca.pem"), now)
 
 
 def join(

@@ -31,6 +31,7 @@ from fedgraft_client.entry import Charge, Purpose, evaluation_of, start_of
 from fedgraft_client.evaluation import exact_counts, noised
 from fedgraft_client.few_shot import class_sums, noisy_prototypes
 from fedgraft_client.head import LinearHead
+from fedgraft_client.peers import Peers
 from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
@@ -399,9 +400,13 @@ class Site:
                 self._members.pop(next(iter(self._members)))
             field = bench.fixed_point(plan)
             self._members[plan.hash] = SecureMember(
-                plan, field.length, field.bits, self.store.ledger, self.membership
+                plan, field.length, field.bits, self.store.ledger, self.membership, self._peers()
             )
         return self._members[plan.hash]
+
+    def _peers(self) -> Peers:
+        rule = None if self.policy is None else self.policy.peers
+        return Peers(self.store.ledger, self.store.directory / "peers", rule)
 
     def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
         number, adapter = request.round, self._adapter(request, bench)

@@ -82,6 +82,18 @@ class StepNoise:
         return epsilon([event, *self.events[1:]], delta)
 
 
+def against(plan: Plan) -> str:
+    """Whom a distributed plan's promise holds against, for people."""
+    colluders = plan.privacy.tolerated_colluders
+    if colluders:
+        some = "any one other site" if colluders == 1 else f"any {colluders} other sites"
+        return f"the server and {some}, also if they work together"
+    return (
+        "the server only, and not the other sites: each knows its own noise share "
+        "(privacy.tolerated_colluders = 0)"
+    )
+
+
 def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
     """Q = B / N, of public numbers only.
 

@@ -77,6 +77,7 @@ class SecureStep(StrEnum):
 
     ADVERTISE = "advertise"  # terms -> the site's public keys
     SHARE = "share"  # everybody's keys -> encrypted shares
+    ACCEPT = "accept"  # the peers' shares -> whose cannot be used, if any
     UNMASK = "unmask"  # whose inputs arrived -> one share of a secret of each site
 
     @property

@@ -1,10 +1,10 @@
 """A reply as one object, for the way from a site to its server.
 
-Flower moves a message as six or seven objects, each in a call of its own on both sides. What a site
-sends is read by our server and nobody else, so it travels as one: Flower's own serialisation of the
-whole message, inside one `ArrayChunk`, because that is what the SuperLink stores as bytes. Its
-SHA-256 is the message's name, as ever; the metadata inside make it another one for each reply. A
-reply too large for one call moves as Flower moves it.
+Flower moves a message as six or seven objects, each in a call of its own on both sides. A reply to
+our server travels as one: Flower's own serialisation of the whole message, inside one `ArrayChunk`,
+because that is what the SuperLink stores as bytes. Its SHA-256 is the message's name, as ever; the
+metadata inside make it another one for each reply. A reply too large for one call moves as Flower
+moves it.
 """
 
 from __future__ import annotations

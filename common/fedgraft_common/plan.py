@@ -51,6 +51,8 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
     "privacy": {"secure_aggregation": "real"},
 }  # fmt: skip
 """Keys that came later, and their defaults: a plan without them keeps the hash it had."""
+LEAST_SITES = 3
+"""Of the distributed mechanism: of two, each knows the other's sum."""
 LATER_TABLES = ("augmentation",)
 """Tables that came later; a plan with nothing in them keeps its hash, too."""
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
@@ -353,7 +355,10 @@ class Privacy(Section):
         default=0, ge=0, description="Sites that may be missing from a distributed step."
     )
     tolerated_colluders: int = Field(
-        default=0, ge=0, description="Sites whose noise share is assumed known to the server."
+        default=1,
+        ge=0,
+        description="Sites whose noise share whoever looks at the sums may know. Every site knows "
+        "its own, so with 0 the promise holds against the server and not against other sites.",
     )
 
 
@@ -597,6 +602,12 @@ class Plan(Section):
         if sites is not None and needed > sites:
             raise ValueError(
                 f"aggregation.minimum_sites={needed} is more than the {sites} sites of the run"
+            )
+        if self.privacy.mechanism == "distributed" and sites is not None and sites < LEAST_SITES:
+            raise ValueError(
+                f"aggregation.sites={sites} is too few for the distributed mechanism, which needs "
+                f"at least {LEAST_SITES}: of two, each knows the other's sum; wait for more sites, "
+                "or use privacy.mechanism='local'"
             )
         for name in self.sites.label_sets:
             if name not in self.data.label_sets:

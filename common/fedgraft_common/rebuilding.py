@@ -16,6 +16,7 @@ from typing import Final
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.app.metadata import Metadata
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import InflatableObject, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -37,13 +38,13 @@ def leaves_of(tree: ObjectTree) -> list[str]:
 
 
 def rebuild(
-    name: str, announced: Message, leaves: Mapping[str, bytes], limits: MessageLimits
+    name: str, announced: Metadata, leaves: Mapping[str, bytes], limits: MessageLimits
 ) -> Message | None:
     """The message of that name; None if it is of another form, or its leaves are others.
 
     Args:
         name: SHA-256 of the message's own object.
-        announced: its metadata.
+        announced: its metadata, which become the message's.
         leaves: contents by their SHA-256.
         limits: what it may be.
     """
@@ -58,7 +59,7 @@ def rebuild(
                 return None
             records[place] = record
         ordered = {place: records[place] for place in _ORDER if place in records}
-        message = make_message(metadata=announced.metadata, content=RecordDict(ordered))
+        message = make_message(metadata=announced, content=RecordDict(ordered))
         if message.object_id != name:
             return None
     except Exception:  # Flower's readers raise whatever their json, str and dict do

@@ -9,7 +9,7 @@ messages in, messages out; randomness, keys and trust are passed in; states go t
     set-up, once    SecureSite.advertise      -> SecureServer.add_advertisement   figure 4, round 0
                     SecureServer.roster       -> SecureSite.share
                     SecureSite.share          -> SecureServer.add_sharing                   round 1
-                    SecureServer.delivery     -> SecureSite.accept
+                    SecureServer.delivery     -> SecureSite.accept, or .unusable
     round t         SecureSite.mask           -> SecureRound.add_input                      round 2
                     SecureRound.close         -> SecureSite.unmask
                     SecureSite.unmask         -> SecureRound.add_answer                     round 4
@@ -60,11 +60,12 @@ Mixed lists, where S differs from site to site, are thus allowed to the server a
 a site none of whose secrets is known only hides its own input, and with it everybody's. The order
 in which answers and inputs come does not enter. The condition on d and c is checked by `Terms`.
 
-Not promised: that a sum comes out. More than d sites stop a round by staying away, and one by
-dealing wrong shares at set-up; and a site can add what it likes to the sum by its input. Not
+Not promised: that a sum comes out. More than d sites stop a round by staying away, one by dealing
+wrong shares at set-up, and few by answering with wrong ones (`_TRIES`); and a site can add what it likes to the sum by its input. Not
 promised either: anything about a server that also holds the CA's key and can invent sites or take
-their names, unless sites pin each other's keys (`Trust.pinned`); and secrecy of past rounds once
-states are stolen: a site's own state opens its own inputs, those of n - d sites everybody's.
+their names, beyond the c of them that sites who know each other's keys let pass
+(`fedgraft_client.peers`); and secrecy of past rounds once states are stolen: a site's own state
+opens its own inputs, those of n - d sites everybody's.
 Reasons and attacks: `deploy/decisions/0005-secure-aggregation.md`.
 """
 
@@ -112,8 +113,11 @@ _NONCE: Final = bytes(12)  # every sealing key encrypts once
 _SELF_MASK, _ROUND_KEY = 0, 1  # order of a dealer's shares for a round
 _SHARES: Final = 2 * shamir.SHARE
 _TRIES: Final = 1000
-"""Choices of answers to look for wrong shares in: all there are for 16 sites; for 100 sites, those
-with one liar."""
+"""Choices of answers to look for wrong shares in. k sites that answer wrongly are found for sure if
+the sum of C(d, i) C(n - d, i) for i = 0 to k is at most this: as many as there may be, d, up to 16
+sites; two with 24 sites and d = 3 or 40 and d = 2; one up to 100 sites and d = 9. More may be found,
+or the round is lost. (No maintained library decodes Reed-Solomon codes over a 257-bit prime field.)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +296,34 @@ class SecureSite:
             MessageError: a signature is missing, is by another key or for another roster; a share
                 is not what its sender encrypted, or is malformed.
         """
-        roster = self._signed_roster()
-        me, n = roster.number(self.name), len(roster)
         if self._held:
             return
+        self._check_delivery(delivery)
+        held = [self._opened(*received) for received in enumerate(delivery.ciphertexts)]
+        self._held = tuple(held)
+
+    def unusable(self, delivery: Delivery) -> tuple[int, ...]:
+        """Numbers of the sites whose shares in a delivery `accept` would refuse; changes nothing.
+
+        The server cannot look into a ciphertext: only whom it is for can say who deals rubbish.
+
+        Raises:
+            MessageError: something else about the delivery is wrong; see `accept`.
+        """
+        found: list[int] = []
+        if not self._held:
+            self._check_delivery(delivery)
+            for dealer, ciphertext in enumerate(delivery.ciphertexts):
+                try:
+                    self._opened(dealer, ciphertext)
+                except MessageError:
+                    found.append(dealer)
+        return tuple(found)
+
+    def _check_delivery(self, delivery: Delivery) -> None:
+        """That all sites of the roster have signed it, and each has sent something."""
+        roster = self._signed_roster()
+        n = len(roster)
         if delivery.roster != roster.digest:
             _refuse("delivery", "for another roster", "for the one this site signed")
         if len(delivery.ciphertexts) != n or len(delivery.signatures) != n:
@@ -305,25 +333,39 @@ class SecureSite:
         ):
             key = public_key(advertisement.certificate)
             verify(key, ROSTER, roster.digest, signature, advertisement.site)
-        held = []
-        for dealer, ciphertext in enumerate(delivery.ciphertexts):
-            if dealer == me:
-                held.append(self._own)
-                continue
-            who = roster.names[dealer]
-            try:
-                cipher = ChaCha20Poly1305(self._seal(roster, dealer, me))
-                shares = cipher.decrypt(_NONCE, ciphertext, None)
-            except InvalidTag:
-                _refuse(f"shares of site {who}", "changed or for somebody else", "as it sent them")
-            if len(shares) != self.terms.rounds * _SHARES:
-                _refuse(f"shares of site {who}", f"{len(shares)} bytes", "two for each round")
-            for start in range(0, len(shares), shamir.SHARE):
-                shamir.parse(shares[start : start + shamir.SHARE])
-            held.append(shares)
-        self._held = tuple(held)
+
+    def _opened(self, dealer: int, ciphertext: bytes) -> bytes:
+        """A dealer's shares for this site, for every round."""
+        roster = self._signed_roster()
+        me, who = roster.number(self.name), f"shares of site {roster.names[dealer]}"
+        if dealer == me:
+            return self._own
+        try:
+            cipher = ChaCha20Poly1305(self._seal(roster, dealer, me))
+            shares = cipher.decrypt(_NONCE, ciphertext, None)
+        except InvalidTag:
+            _refuse(who, "changed or for somebody else", "as it sent them")
+        if len(shares) != self.terms.rounds * _SHARES:
+            _refuse(who, f"{len(shares)} bytes", "two for each round")
+        for start in range(0, len(shares), shamir.SHARE):
+            shamir.parse(shares[start : start + shamir.SHARE])
+        return shares
 
     # A round (figure 4, rounds 2 and 4).
+
+    def check_open(self, number: int) -> None:
+        """Refuses a round that a new input can have no place in, before one is computed.
+
+        Raises:
+            MessageError: the set-up is not complete or not for this round; the round, or a later
+                one, had an input; or its survivors were named.
+        """
+        self._ready_roster()
+        self._check_round(number)
+        if number in self._answered:
+            _refuse("masked input", f"round {number}", "a round that is not being unmasked yet")
+        if number <= self.last_masked:
+            _refuse("masked input", f"round {number}", f"a round after {self.last_masked}")
 
     def mask(self, number: int, values: Vector, context: bytes) -> Vector:
         """The masked input of a round: uniform to whoever does not know the masks.
@@ -517,7 +559,8 @@ class SecureServer:
         """Takes a site's keys; the same again changes nothing.
 
         Raises:
-            MessageError: the roster is closed, other keys than before, or what `share` refuses.
+            MessageError: the roster is closed, other keys than before, the certificate's key is
+                that of a site of another name, or what `share` refuses.
             IdentityError: the certificate is not the site's.
         """
         if self._advertisements.get(advertisement.site) == advertisement:
@@ -529,6 +572,13 @@ class SecureServer:
                 f"one set of keys from each of {self.terms.sites} sites, before the roster closes",
             )  # fmt: skip
         check_advertisement(advertisement, self.terms, self._trust)
+        key = public_key(advertisement.certificate)
+        for known in self._advertisements.values():
+            if public_key(known.certificate) == key:
+                _refuse(
+                    f"keys of site {advertisement.site}", f"signed by the key of {known.site}",
+                    "a key for each site",
+                )  # fmt: skip
         self._advertisements[advertisement.site] = advertisement
 
     @property
@@ -632,6 +682,7 @@ class SecureRound:
 
     Attributes:
         number: of the round.
+        unreadable: the site whose secret `total` could not find; empty otherwise.
     """
 
     def __init__(self, terms: Terms, roster: Roster, number: int, context: bytes) -> None:
@@ -651,6 +702,7 @@ class SecureRound:
         self._sum = np.zeros(terms.length, dtype=terms.dtype)
         self._question: Question | None = None
         self._answers: dict[int, Answer] = {}
+        self.unreadable = ""
 
     def save(self) -> bytes:
         """The whole state, with the sum so far. Save it between `close` and asking the sites."""
@@ -823,8 +875,9 @@ class SecureRound:
                     if shamir.predict(chosen, good, other) != shares[other]:
                         wrong.add((other, dealer))
             return secret
+        self.unreadable = self._roster.names[dealer]
         raise _unfinished(
-            f"secret of site {self._roster.names[dealer]} in round {self.number}",
+            f"secret of site {self.unreadable} in round {self.number}",
             "wrong shares", f"{self._terms.needed} that fit",
         )  # fmt: skip
 

@@ -4,6 +4,7 @@
              server -> site   Roster          everybody's advertisement
              site -> server   Sharing         encrypted shares for every peer, the roster signed
              server -> site   Delivery        the shares meant for it, everybody's signature
+             site -> server   Acceptance      that it has taken them, or whose it cannot use
     a round  site -> server   (length,) uint32 or uint64, the masked input
              server -> site   Question        whose masked inputs there are
              site -> server   Answer          one share of one secret of every site, signed
@@ -26,10 +27,11 @@ from typing import Final, Self
 import numpy as np
 
 from fedgraft_common.errors import MessageError, PlanError
+from fedgraft_common.plan import LEAST_SITES
 from fedgraft_common.shamir import SHARE
 
 _MARK: Final = b"FgSA\x01"  # the last byte is the version
-_NAME: Final = re.compile(rb"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # as invite.SiteName
+NAME: Final = re.compile(rb"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # as invite.SiteName
 _SEAL: Final = 16  # bytes that authenticated encryption adds
 _MAX_SITES: Final = 10_000
 _MAX_ROUNDS: Final = 100_000
@@ -48,6 +50,7 @@ class _Kind(IntEnum):
     ANSWER = 7
     STATEMENT = 8
     LIST = 9
+    ACCEPTANCE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Terms:
         for name, value, low, high in (
             ("rounds", self.rounds, 1, _MAX_ROUNDS),
             ("first round", self.first_round, 1, 1 << 62),
-            ("sites", n, 2, _MAX_SITES),
+            ("sites", n, LEAST_SITES, _MAX_SITES),
             ("dropouts", d, 0, n),
             ("colluders", c, 0, n),
             ("length", self.length, 1, _MAX_BYTES // 8),
@@ -315,6 +318,35 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What became of a delivery.
+
+    Attributes:
+        roster: digest.
+        unusable: one bit for each site of the roster whose shares were malformed or not what it
+            had encrypted, see `to_bits`; none: the shares were taken.
+    """
+
+    roster: bytes
+    unusable: bytes
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes."""
+        return _pack(_Kind.ACCEPTANCE, self.roster, self.unusable)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Reads what `to_bytes` made.
+
+        Raises:
+            MessageError: malformed.
+        """
+        roster, unusable = _unpack(_Kind.ACCEPTANCE, content, 2)
+        _check_sizes("acceptance", (roster, HASH))
+        return cls(roster, unusable)
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """Whose masked inputs the server holds, once it takes no more.
 
@@ -498,7 +530,7 @@ def _parse_number(field: bytes) -> int:
 
 
 def _name(field: bytes) -> str:
-    if not _NAME.fullmatch(field):
+    if not NAME.fullmatch(field):
         raise _malformed("site name", repr(field[:64]), "lower-case letters, digits, hyphens")
     return field.decode("ascii")
 

@@ -9,10 +9,12 @@ with it as run configuration:
     signature   the operator's, on the plan
     backbone    directory of the plan's backbone, if it is not where the plan says
     ca          certificate of the federation's CA (PEM), for secure aggregation
+    registry    the server's, for the same: it says which node may speak for which site
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -27,6 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedgraft_common.errors import FedgraftError, ServerError
 from fedgraft_common.logs import AS_JSON, set_up_logs
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_server.registry import Registry
 from fedgraft_server.run_folder import COMPLETED, FAILED, Outcome, RunFolder
 
 if TYPE_CHECKING:
@@ -126,6 +129,19 @@ def _run(
     signature, backbone = (str(config.get(key, "")) for key in ("signature", "backbone"))
     where = Path(backbone) if backbone else None
     trust = partial(Trust.from_file, Path(str(config.get("ca", ""))))
+    registry = str(config.get("registry", ""))
     run_federation(
-        plan, superlink, folder.path, note, signature=signature, backbone=where, trust=trust
-    )
+        plan, superlink, folder.path, note, signature=signature, backbone=where, trust=trust,
+        registered=partial(site_of, Path(registry)) if registry else None,
+    )  # fmt: skip
+
+
+def site_of(registry: Path, certificate: bytes) -> tuple[str, int | None]:
+    """Name and node of the site that a certificate (DER) was issued to, as of now.
+
+    Raises:
+        IdentityError: unknown, revoked or expired.
+    """
+    with Registry(registry) as opened:
+        site = opened.site_of(hashlib.sha256(certificate).hexdigest())
+    return site.name, site.node_id

@@ -96,7 +96,9 @@ def begin(server: ServerDirectory, folder: RunFolder, link: Runs) -> int:
             link.stop(state.id)
     folder.reopen()
     nodes = [site.node_id for site in members if site.node_id is not None]
-    return link.start(plan, folder.path, nodes, facts.signature, backbone, server.ca[0])
+    return link.start(
+        plan, folder.path, nodes, facts.signature, backbone, server.ca[0], server.registry
+    )
 
 
 def _assembled(server: ServerDirectory, plan: Plan) -> Path | None:

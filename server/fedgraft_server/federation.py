@@ -45,6 +45,7 @@ from fedgraft_common.site_signature import Trust
 from fedgraft_server.aggregation import Aggregator
 from fedgraft_server.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from fedgraft_server.evaluation import Estimate, estimate
+from fedgraft_server.secure_set_up import Registered
 from fedgraft_server.secure_sum import SecureSum
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def run_federation(
     signature: str = "",
     backbone: Path | None = None,
     trust: Callable[[], Trust] | None = None,
+    registered: Registered | None = None,
 ) -> Tensors:
     """Runs a plan to its last round, from its newest checkpoint if there is one.
 
@@ -92,12 +94,14 @@ def run_federation(
         signature: the operator's, on the plan; empty in a simulation.
         backbone: where the backbone lies, if not where the plan says.
         trust: whose certificates count in secure aggregation; needed where the plan has it.
+        registered: which site and node a certificate belongs to; None in a simulation.
 
     Returns:
         The final adapter, which is also saved in PEFT's format under `directory/adapter`.
 
     Raises:
         MessageError: too few usable updates arrived in a round.
+        AggregationError: several rounds in a row were lost.
         CheckpointError: the newest checkpoint is damaged or belongs to another plan.
     """
     model = adapted_backbone(plan, backbone)
@@ -108,7 +112,7 @@ def run_federation(
     adapter = checkpoint.adapter
     gather = _plain(plan, aggregator, grid)
     if plan.secure:
-        gather = _secure(plan, aggregator, grid, directory, trust, durable)
+        gather = _secure(plan, aggregator, grid, directory, trust, durable, registered)
     if checkpoint.round not in evaluated_rounds(directory):  # cut short after the checkpoint
         evaluate(plan, aggregator, checkpoint.round, adapter, grid, directory)
     for number in range(checkpoint.round + 1, plan.rounds.count + 1):
@@ -149,6 +153,7 @@ def _secure(
     directory: Path,
     trust: Callable[[], Trust] | None,
     durable: bool,
+    registered: Registered | None,
 ) -> Gather:
     """One update: the sum over the sites, which is all there is to see."""
     if trust is None:
@@ -159,7 +164,7 @@ def _secure(
         )  # fmt: skip
     schema = aggregator.schema
     field = fixed_point(plan, sum(math.prod(spec.shape) for spec in schema))
-    sums = SecureSum(plan, aggregator, grid, directory, field.bits, trust, durable)
+    sums = SecureSum(plan, aggregator, grid, directory, field.bits, trust, durable, registered)
 
     def gather(number: int, adapter: Tensors) -> tuple[list[Tensors], int, int]:
         total = sums.gather(number, adapter)

@@ -1,4 +1,4 @@
-"""Replies as they arrive, object by object: the only file here that knows Flower's Runtime calls.
+"""Replies as they arrive, object by object; knows Flower's Runtime calls, as `requests` does.
 
 A SuperLink announces a reply before its objects are there. Flower's own `pull_messages` then waits
 a second before it looks again, and as long as it takes (up to hours) before it hands over the other
@@ -77,11 +77,15 @@ class Replies:
     Args:
         grid: Flower's `HttpGrid`; any other grid is asked through its public `pull_messages`.
         limits: what one reply may be.
+
+    Attributes:
+        able: nodes whose replies were parcels: they can open one.
     """
 
     def __init__(self, grid: Grid, limits: MessageLimits | None = None) -> None:
         self._grid = grid
         self._limits = limits or MessageLimits()
+        self.able: set[int] = set()
         self._arriving: dict[str, Arriving] = {}
         self._interrupted = False
         self._complete_ones: list[str] = []  # whose objects the SuperLink may delete
@@ -189,6 +193,7 @@ class Replies:
             raise too_large(self._limits)
         own = arriving.contents.get(name, b"")
         if is_parcel(own):
+            self.able.add(arriving.node)
             reply = unwrap(name, own, self._limits)
         else:
             reply = inflate_message(name, arriving.contents, self._limits)

@@ -138,6 +138,7 @@ class Runs:
         signature: str = "",
         backbone: Path | None = None,
         ca: Path | None = None,
+        registry: Path | None = None,
     ) -> int:
         """Starts a run; one that was cut short continues from its directory.
 
@@ -148,6 +149,7 @@ class Runs:
             signature: the operator's, on the plan.
             backbone: where the plan's backbone lies, if not where it says.
             ca: certificate of the federation's CA, for secure aggregation.
+            registry: the server's, for the same.
 
         Returns:
             Flower's number of the run.
@@ -162,6 +164,7 @@ class Runs:
             "signature": signature,
             "backbone": str(backbone.resolve()) if backbone else "",
             "ca": str(ca.resolve()) if ca else "",
+            "registry": str(registry.resolve()) if registry else "",
         }
         return self.start_bundle(stub(), config)
 

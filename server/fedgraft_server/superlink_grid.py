@@ -20,13 +20,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedgraft_common.errors import MessageError
-from fedgraft_common.messages import ADAPTER
+from fedgraft_common.messages import ADAPTER, SecureStep
 from fedgraft_common.packing import is_packed, pack, unpack
 from fedgraft_server.bell import LISTEN, Bells
 from fedgraft_server.replies import Replies
+from fedgraft_server.requests import Requests
 
 log = logging.getLogger(__name__)
 ONLINE: Final = "online"
+QUICK: Final = frozenset((SecureStep.UNMASK.message_type,))
+"""Types of messages whose replies take no training, and where enough replies are all there is to
+wait for. In a set-up every site counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,14 @@ class Patience:
     Attributes:
         poll: between two looks for replies in the first seconds of a round.
         idle: between two looks at most.
-        heard: between two looks, where a bell says when a reply came.
+        heard: between two looks, where a gateway rings when a reply came.
         share: part of the time since the last reply that may pass between two looks.
         census: between two looks at which sites are connected.
         again: after which a connected site whose request was lost is asked again.
         absence: how long a round that has enough replies waits for sites that are not connected.
+        linger: how long at least an exchange that has enough replies waits for sites that are
+            connected and silent: where a reply takes no training, and for sites that let an
+            earlier exchange come to its deadline.
     """
 
     poll: float = 0.05
@@ -50,6 +57,7 @@ class Patience:
     census: float = 2.0
     again: float = 5.0
     absence: float = 60.0
+    linger: float = 2.0
 
     def look(self, quiet: float, has_bell: bool = False) -> float:
         """Seconds until the next look, when nothing came for `quiet` seconds."""
@@ -113,10 +121,12 @@ class SuperlinkGrid(Grid):
         self._patience = patience or Patience()
         self._clock = clock
         self._sleep = sleep
+        self._requests = Requests(grid)
         self._replies = Replies(grid)
         self._connected: dict[int, str] = {}
         self._looked = float("-inf")  # clock at the last look at who is connected
         self._away: set[int] = set()  # sites that a round went on without; until they are back
+        self._silent: set[int] = set()  # connected, and yet waited for in vain; until they reply
 
     def set_run(self, run: Run) -> None:
         """Flower has set the run of the grid inside."""
@@ -173,7 +183,7 @@ class SuperlinkGrid(Grid):
                     "Name the site in the run, or leave it alone.",
                 )  # fmt: skip
         _pack(batch)
-        names = list(self._grid.push_messages(batch)) if batch else []
+        names = self._requests.push(batch, self._replies.able) if batch else []
         if self._bells is not None:
             self._bells.asked.ring()
         return names
@@ -198,8 +208,10 @@ class SuperlinkGrid(Grid):
 
         It ends when every site has replied, at the deadline, or when enough have replied and the
         others have not been connected for a while. A site that one round has waited for in vain is
-        not waited for in the next ones, until it is connected again. A message expires at the
-        deadline: a site that comes back later does not spend privacy on a round that is over.
+        not waited for in the next ones, until it is connected again. One that is connected and
+        silent is waited for as long again as the others took, if it was silent before or if a
+        reply takes no training. A message expires at the deadline: a site that comes back later
+        does not spend privacy on a round that is over.
 
         Args:
             messages: at most one per site.
@@ -214,6 +226,8 @@ class SuperlinkGrid(Grid):
         self._replies.tidy()
         replied = 0
         heard = seen = start  # last reply; last time that a site which owes one was connected
+        had_enough = float("inf")  # clock at the reply that made it enough
+        is_quick = all(a.message.metadata.message_type in QUICK for a in owing.values())
         while owing:
             rung = self._rung()
             for reply in self.pull_messages({name for a in owing.values() for name in a.ids}):
@@ -222,6 +236,9 @@ class SuperlinkGrid(Grid):
                     continue
                 del owing[node]
                 replied, heard = replied + 1, self._clock()
+                self._silent.discard(node)
+                if replied == self._enough:
+                    had_enough = heard
                 on_reply(reply)
                 yield reply
             now = self._clock()
@@ -236,10 +253,17 @@ class SuperlinkGrid(Grid):
             gone = owing.keys() <= self._away or now - seen >= self._patience.absence
             if not owing or now >= end or (gone and replied >= self._enough):
                 break
-            pause = self._patience.look(now - heard, self._bells is not None)
+            patience = max(self._patience.linger, had_enough - start)
+            if (is_quick or owing.keys() <= self._away | self._silent) and (
+                now - had_enough >= patience
+            ):
+                break
+            pause = self._patience.look(now - heard, has_bell=rung > 0)
             self._rest(min(pause, max(end - now, 0.0)), rung)
         if owing:
             self._away |= owing.keys() - connected.keys()
+            if self._clock() >= end:
+                self._silent |= owing.keys() & connected.keys()
             log.warning("no reply from nodes %s", sorted(owing), extra={"action": "deadline"})
 
     def _rung(self) -> int:

@@ -145,7 +145,7 @@ def test_bad_input_gets_one_line(
 def test_parts_of_a_plan_run_alone_and_keep_their_evidence(audit: Audit, tmp_path: Path) -> None:
     outcome = audit(
         "--part", "egress,ledger", "--effort", "quick", "--set", "rounds.count=2",
-        "--set", "sites.count=2", "--evidence", "evidence", "--json",
+        "--set", "sites.count=3", "--evidence", "evidence", "--json",
     )  # fmt: skip
     assert outcome.code == 0, outcome.out + outcome.err
     report = json.loads(outcome.out)

@@ -16,7 +16,7 @@ from fedgraft_simulations.audit.part import AuditContext, PartResult
 from fedgraft_simulations.audit.plants import BUGS
 from fedgraft_simulations.audit.selftest import CHANGES, PLANS, self_test
 
-SMALL = {**CHANGES, "rounds.count": 6, "sites.count": 2}
+SMALL = {**CHANGES, "rounds.count": 6, "sites.count": 3}
 
 
 def small_plan(**changes: object) -> Plan:
@@ -48,7 +48,7 @@ def test_a_sound_plan_passes_and_equal_seeds_measure_the_same(tmp_path: Path) ->
 
 
 def test_tolerated_colluders_are_an_observer_of_their_own(tmp_path: Path) -> None:
-    changes = {"sites.count": 3, "privacy.tolerated_colluders": 1, "head.training": "fixed"}
+    changes = {"privacy.tolerated_colluders": 1, "head.training": "fixed"}
     result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
     assert failed(result) == set()
     found = result.facts

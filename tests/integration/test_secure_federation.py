@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from fedgraft_common.secure_transcript import Transcript
 from fedgraft_server.federation import run_federation
 from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.federation.__main__ import begin, follow
+from fedgraft_simulations.federation.network import BadNetwork
 from fedgraft_simulations.federation.processes import Federation
 from fedgraft_simulations.local_grid import LocalGrid
 from fedgraft_simulations.partition import partition
@@ -83,6 +87,15 @@ def largest_difference(one: Tensors, other: Tensors) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def behind_a_counter(federation: Federation, name: str) -> BadNetwork:
+    """What a site and the gateway say to each other passes here, and is counted."""
+    file = federation.directory / name / "home" / "identity" / "federation.json"
+    facts = json.loads(file.read_text())
+    network = BadNetwork(facts["gateway"])
+    file.write_text(json.dumps(facts | {"gateway": network.address}))
+    return network
+
+
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     with caplog.at_level(logging.CRITICAL):
@@ -116,14 +129,25 @@ def test_sixty_rounds_of_eight_sites_of_which_two_die(
 ) -> None:
     plan = make_plan(sites=8, rounds=60, dropouts=2)
     dying = {20: "branch-02", 40: "branch-05"}
+    marks: dict[int, tuple[float, list[Counter[str]]]] = {}  # round to clock and bytes by then
+    with ExitStack() as stack:
+        federation = stack.enter_context(Federation(tmp_path / "real", plan))
+        federation.start_server()
+        networks = []
+        for share in partition(plan):
+            federation.join(share, plan)
+            networks.append(stack.enter_context(behind_a_counter(federation, share.name)))
+            federation.start_site(share.name)
+        began = time.monotonic()
 
-    def tell(finished: int) -> None:
-        for number in [n for n in dying if finished >= n]:
-            kill(federation, dying.pop(number))
+        def tell(finished: int) -> None:
+            if finished not in marks:
+                seen = [Counter(network.seen) for network in networks]
+                marks[finished] = time.monotonic(), seen
+            for number in [n for n in dying if finished >= n]:
+                kill(federation, dying.pop(number))
 
-    began = time.monotonic()
-    with Federation(tmp_path / "real", plan) as federation:
-        folder = start(federation, plan)
+        folder = begin(federation)
         follow(federation, folder, tell)
         real = load_file(folder / "adapter" / "adapter_model.safetensors")
     seconds = time.monotonic() - began
@@ -134,10 +158,28 @@ def test_sixty_rounds_of_eight_sites_of_which_two_die(
     difference = largest_difference(real, expected)
     set_up = (folder / "transcript-000001" / "set-up.bin").read_bytes()
     size = Transcript.from_bytes(set_up).terms.length
+    whole = [n for n in marks if 2 <= n <= 18]  # everybody is there and nothing is set up
+    first, last = min(whole), max(whole)
+    spent = (marks[last][0] - marks[first][0]) / (last - first)
+    sent, received = (
+        [
+            (after[way] - before[way]) / (last - first)
+            for before, after in zip(marks[first][1], marks[last][1], strict=True)
+        ]
+        for way in ("sent", "received")
+    )
+    begun = marks[first][1]
     with capsys.disabled():
         print(  # noqa: T201
             f"\n60 rounds, 8 sites, 2 killed: {seconds:.0f} s; difference {difference:.1e}; "
-            f"{4 * size} bytes of masked integers and {33 * 8} of shares a site and round; "
-            f"{min(map(len, present.values()))} to 8 inputs a round"
+            f"{min(map(len, present.values()))} to 8 inputs a round\n"
+            f"rounds {first + 1} to {last}, {spent:.2f} s each; a site and round on the wire, TLS "
+            f"and polling included: {min(sent):.0f} to {max(sent):.0f} bytes sent, "
+            f"{min(received):.0f} to {max(received):.0f} received, of which {4 * size} are masked "
+            f"integers and {33 * 8} shares\n"
+            f"until round {first}, set-up included: {max(s['sent'] for s in begun)} bytes sent, "
+            f"{max(s['received'] for s in begun)} received"
         )
     assert difference <= 1e-6
+    assert min(sent) > 4 * size + 33 * 8  # what was counted holds at least what must travel
+    assert sum(sent) / len(sent) < 10 * (4 * size + 33 * 8) + 100_000 * spent  # and not much more

@@ -222,7 +222,7 @@ class Place:
         self.unit_count = first + len(mine)
 
     def extend(self, tensor: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """Room for the records of every canary, each with all its views."""
+        """Room for the records of every canary, or all their views."""
         return torch.cat([tensor, tensor.new_zeros(len(self.owner) * views, *tensor.shape[1:])])
 
     def mark(self, cached: Cached, views: int = 1) -> Cached:
@@ -295,7 +295,7 @@ class ProbedOptimizer(JointOptimizer):
         place = self._place
         place.note_batch(marks)
         real = marks < place.records
-        self._here = place.owner[(marks[~real] - place.records).numpy()]
+        self._here = place.owner[(marks[~real].unique() - place.records).numpy()]
         self._physical_batch = physical_batch
         if sizes is not None:
             owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)

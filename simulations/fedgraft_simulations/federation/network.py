@@ -58,8 +58,8 @@ class BadNetwork:
 
     Attributes:
         weather: may be replaced at any time, from any thread.
-        seen: how often something happened: `connections`, `refused`, `cuts`, `swaps`, `bytes`,
-            `late` (pieces that waited).
+        seen: how often something happened: `connections`, `refused`, `cuts`, `swaps`, `late`
+            (pieces that waited); and bytes: `sent` by who connects, `received`, `bytes` of both.
     """
 
     def __init__(self, target: str, seed: int = 0) -> None:
@@ -128,8 +128,8 @@ class BadNetwork:
         self._open |= ends
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._pump(reader, away, writer))
-                both.create_task(self._pump(there, writer, away))
+                both.create_task(self._pump("sent", reader, away, writer))
+                both.create_task(self._pump("received", there, writer, away))
         except* (OSError, asyncio.CancelledError):  # Python 3.11 would log a cancelled connection
             pass
         finally:
@@ -139,6 +139,7 @@ class BadNetwork:
 
     async def _pump(
         self,
+        direction: str,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         other: asyncio.StreamWriter,
@@ -146,6 +147,7 @@ class BadNetwork:
         while piece := await reader.read(PIECE):
             weather = self.weather
             self.seen["bytes"] += len(piece)
+            self.seen[direction] += len(piece)
             if self._draws(weather.swap) and len(piece) > 1:
                 self.seen["swaps"] += 1
                 piece = piece[len(piece) // 2 :] + piece[: len(piece) // 2]

@@ -44,7 +44,11 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -56,7 +60,7 @@ from fedgraft_common.errors import LinkError, MessageError
 from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import Status, to_record, write_reply
 from fedgraft_common.packing import pack
-from fedgraft_common.parcel import LARGEST, unwrap
+from fedgraft_common.parcel import LARGEST, unwrap, wrap
 
 NODE = 2**63 + 5
 KEY = ec.generate_private_key(ec.SECP384R1())
@@ -424,23 +428,48 @@ def test_what_is_known_by_its_hash_does_not_come_twice(fake: Fake) -> None:
     assert fake.calls.count("confirm-message-received") == 2
 
 
+def test_a_request_may_come_as_one_object(fake: Fake) -> None:
+    sent = message()
+    content = wrap(sent)
+    assert content is not None
+    sent.metadata.__dict__["_message_id"] = name = get_object_id(content)
+    bare = make_message(metadata=sent.metadata, content=RecordDict())
+    response = PullMessagesResponse(
+        messages_list=[message_to_proto(bare)], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    fake.answers["pull-messages"] = (200, response.SerializeToString())
+    found = PullObjectResponse(object_found=True, object_available=True, object_content=content)
+    fake.answers["pull-object"] = (200, found.SerializeToString())
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        received = line.receive()
+        assert received is not None
+        assert received.content == sent.content
+        assert received.metadata.message_id == name
+        assert len(line.prepare(write_reply(received, 1, Status.OK)).contents) == 1
+
+
 def test_a_request_of_another_form_comes_as_well(fake: Fake) -> None:
     sent = message()
     sent.content["adapter"] = to_record({"a": torch.zeros(2), "b": torch.ones(3)})
     fake.offer(sent)
     with FleetConnection(fake.address, KEY, tls=None) as line:
         received = line.receive()
-    assert received is not None
+        assert received is not None
+        reply = line.prepare(write_reply(received, 1, Status.OK))
     assert received.content == sent.content
     assert fake.calls.count("pull-object") == 8  # each once
+    assert len(reply.contents) == 4  # whoever sent it may know nothing of parcels
 
 
 def test_a_large_reply_moves_in_pieces(fake: Fake) -> None:
     half = pack(to_record({"a": torch.zeros(LARGEST // 8)}))
     whole = pack(to_record({"a": torch.zeros(LARGEST // 4)}))
+    fake.offer(message())
     with FleetConnection(fake.address, KEY, tls=None) as line:
+        request = line.receive()
+        assert request is not None
         small, large = (
-            line.prepare(write_reply(message(), 1, Status.OK, found)) for found in (half, whole)
+            line.prepare(write_reply(request, 1, Status.OK, found)) for found in (half, whole)
         )
     assert list(small.contents) == [small.tree.object_id] == [small.message.metadata.message_id]
     assert len(large.contents) == 6

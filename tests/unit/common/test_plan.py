@@ -83,7 +83,7 @@ CHANGES: dict[str, object] = {
     "evaluation.every": 5,
     "evaluation.noise_multiplier": 3.0,
     "privacy.tolerated_dropouts": 1,
-    "privacy.tolerated_colluders": 1,
+    "privacy.tolerated_colluders": 2,
     "aggregation.strategy": "FedAvgM",
     "aggregation.options": {"server_momentum": 0.9},
     "aggregation.sites": 7,
@@ -393,6 +393,28 @@ def test_noise_shares() -> None:
     for sites in (None, 5):
         with pytest.raises(PlanError, match=r"aggregation\.sites: found .*more than 5"):
             _ = Plan().replace({"aggregation.sites": sites} | lost).noise_shares
+
+
+def test_one_colluder_is_tolerated_unless_a_plan_says_otherwise() -> None:
+    """Every site knows its own noise share, and the promise is against the other sites, too."""
+    shared = {"privacy.mechanism": "distributed", "training.sample_rate": 0.5}
+    plan = Plan().replace(shared | {"aggregation.sites": 8})
+    assert plan.privacy.tolerated_colluders == 1 and plan.noise_shares == 7
+    assert plan.replace({"privacy.tolerated_colluders": 0}).noise_shares == 8
+
+
+@pytest.mark.parametrize("aggregation", ["real", "summed"])
+def test_two_sites_cannot_share_noise(aggregation: str) -> None:
+    changes = {
+        "privacy.mechanism": "distributed",
+        "privacy.secure_aggregation": aggregation,
+        "training.sample_rate": 0.5,
+        "aggregation.sites": 3,
+    }
+    plan = Plan().replace(changes)
+    with pytest.raises(PlanError, match=r"aggregation\.sites=2 .*at least 3.*'local'"):
+        plan.replace({"aggregation.sites": 2})
+    assert plan.replace({"aggregation.sites": 2, "privacy.mechanism": "local"})
 
 
 def test_sums_are_masked_unless_a_distributed_plan_says_otherwise() -> None:

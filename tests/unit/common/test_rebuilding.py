@@ -30,11 +30,11 @@ def request(content: RecordDict) -> Message:
     return make_message(metadata=copy(METADATA), content=content)
 
 
-def taken_apart(made: Message) -> tuple[str, Message, dict[str, bytes]]:
-    """Name, announcement and leaves."""
+def taken_apart(made: Message) -> tuple[str, Metadata, dict[str, bytes]]:
+    """Name, announced metadata and leaves."""
     objects = {name: thing.deflate() for name, thing in get_all_nested_objects(made).items()}
     leaves = {name: objects[name] for name in leaves_of(get_object_tree(made))}
-    return made.object_id, make_message(metadata=made.metadata, content=RecordDict()), leaves
+    return made.object_id, copy(made.metadata), leaves
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_other_leaves_or_metadata_give_nothing() -> None:
         del others[leaf]
         assert rebuild(name, announced, others, LIMITS) is None
         assert number < 2
-    announced.metadata.message_type = "evaluate"
+    announced.message_type = "evaluate"
     assert rebuild(name, announced, leaves, LIMITS) is None
 
 

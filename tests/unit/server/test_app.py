@@ -55,7 +55,7 @@ def test_the_bundle_is_one_file_that_names_installed_code(tmp_path: Path) -> Non
     document = tomllib.loads(stub()[STUB].decode())
     assert document["project"]["dependencies"] == []
     assert "federations" not in document["tool"]["flwr"]
-    keys = {*config(), "signature", "backbone", "ca"}
+    keys = {*config(), "signature", "backbone", "ca", "registry"}
     assert set(document["tool"]["flwr"]["app"]["config"]) == keys
     named = document["tool"]["flwr"]["app"]["components"]["serverapp"]
     assert isinstance(load_app(named, RuntimeError, str(tmp_path)), ServerApp)

@@ -28,6 +28,7 @@ from flwr.superlink.grid import HttpGrid
 from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import Status, read_status, to_record, write_reply
 from fedgraft_common.packing import pack
+from fedgraft_common.parcel import wrap
 from fedgraft_server.replies import Replies
 
 
@@ -133,6 +134,47 @@ def test_a_reply_that_was_lost_or_altered_is_dropped(api: Api, replies: Replies)
     api.objects = dict.fromkeys(api.objects, b"x")
     assert replies.collect(["r1", "r2"]) == []
     assert not api.confirmed
+
+
+def parcel(api: Api, node: int, **forged: Any) -> Message:
+    """A reply to r1 as one object; what it says inside may be another than it is announced with."""
+    sent = api.arrive("r1", node)
+    for fact, value in forged.items():
+        sent.metadata.__dict__["_" + fact] = value
+    content = wrap(sent)
+    assert content is not None
+    name = hashlib.sha256(content).hexdigest()
+    sent.metadata.__dict__.update(
+        _src_node_id=node, _reply_to_message_id="r1", _run_id=1, _message_id=name
+    )  # fmt: skip
+    api.objects = {name: content}
+    announced = message_to_proto(make_message(metadata=sent.metadata, content=RecordDict()))
+    response = PullAppMessagesResponse(
+        messages_list=[announced], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    return sent
+
+
+def test_a_reply_may_come_as_one_object(api: Api, replies: Replies) -> None:
+    sent = parcel(api, 3)
+    assert replies.able == set()
+    [found] = replies.collect(["r1"])
+    assert found.content == sent.content
+    assert found.metadata.message_id == sent.metadata.message_id
+    assert replies.able == {3}
+
+
+@pytest.mark.parametrize(
+    "forged", [{"src_node_id": 4}, {"reply_to_message_id": "r2"}, {"run_id": 9}]
+)
+def test_a_parcel_says_who_sent_it_as_its_announcement_does(
+    api: Api, replies: Replies, forged: dict[str, Any]
+) -> None:
+    parcel(api, 3, **forged)
+    [found] = replies.collect(["r1"])
+    assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
+    assert read_status(found) is Status.FAILED
 
 
 @pytest.mark.parametrize("fact", ["src_node_id", "reply_to_message_id"])

@@ -115,9 +115,9 @@ def grid_over(link: Superlink, sites: set[int] | None = None, **options: Any) ->
     )
 
 
-def requests(grid: SuperlinkGrid) -> list[Message]:
+def requests(grid: SuperlinkGrid, kind: str = "train") -> list[Message]:
     content = RecordDict({"adapter": to_record(ADAPTER), "plan": ConfigRecord({"round": 1})})
-    return [Message(content, node, "train") for node in grid.get_node_ids()]
+    return [Message(content, node, kind) for node in grid.get_node_ids()]
 
 
 def nodes_of(replies: Iterable[Message]) -> list[int]:
@@ -256,6 +256,42 @@ def test_a_slow_site_that_is_connected_is_waited_for() -> None:
     grid = grid_over(link, patience=Patience(absence=60.0))
     assert nodes_of(grid.send_and_receive(requests(grid), timeout=3600.0)) == [1, 2]
     assert len(link.nodes[2].seen) == 1
+
+
+def test_unmasking_ends_soon_after_enough_answers() -> None:
+    nodes = {1: Node(0.2), 2: Node(0.4), 3: Node(1.0), 4: Node(1e6)}
+    link = Superlink(dict(nodes))
+    grid = grid_over(link, enough=2)
+    found = grid.send_and_receive(requests(grid, "query.unmask"), timeout=3600.0)
+    assert nodes_of(found) == [1, 2, 3]  # the third is not much later than the others
+    assert link.now == pytest.approx(0.4 + Patience().linger, abs=0.2)
+    link = Superlink({1: Node(20.0), 2: Node(30.0), 3: Node(55.0), 4: Node(1e6)})
+    grid = grid_over(link, enough=2)
+    found = grid.send_and_receive(requests(grid, "query.unmask"), timeout=3600.0)
+    assert nodes_of(found) == [1, 2, 3]
+    assert link.now == pytest.approx(60.0, abs=1.0)
+
+
+def test_one_answer_short_of_enough_is_waited_for() -> None:
+    link = Superlink({1: Node(0.2), 2: Node(500.0)})
+    grid = grid_over(link, enough=2)
+    found = grid.send_and_receive(requests(grid, "query.unmask"), timeout=3600.0)
+    assert nodes_of(found) == [1, 2]
+
+
+def test_a_connected_site_that_never_replies_holds_one_exchange_to_its_deadline() -> None:
+    link = Superlink({1: Node(1.0), 2: Node(1e6)})
+    grid = grid_over(link)
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=600.0)) == [1]
+    assert link.now == pytest.approx(600.0)
+    before = link.now
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=600.0)) == [1]
+    assert link.now - before == pytest.approx(1.0 + Patience().linger, abs=0.2)
+    link.nodes[2].delay = 2.5  # it replies within the others' time again: it is waited for again
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=600.0)) == [1, 2]
+    link.nodes[2].delay, before = 100.0, link.now
+    assert nodes_of(grid.send_and_receive(requests(grid), timeout=600.0)) == [1, 2]
+    assert link.now - before == pytest.approx(100.0, abs=2.0)
 
 
 def test_a_request_that_flower_would_not_take_is_tried_again() -> None:
