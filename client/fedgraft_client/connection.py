@@ -4,7 +4,7 @@ Flower's own `http_request_response` ends the process when it cannot connect, an
 when a heartbeat is not let in. A site that must come back after every failure cannot use that, so
 this file goes one layer deeper, to `FleetHttpClient`, with the same calls in the same order:
 
-    activate -> (pull message -> pull objects -> confirm -> answer -> push message -> push objects)*
+    activate -> (pull message -> pull objects -> answer -> push message -> push objects -> confirm)*
              -> deactivate, and a heartbeat every 20 seconds beside it
 
 Of Flower's Fleet calls eight are used. Missing on purpose: `register-node` (an operator registers
@@ -29,8 +29,10 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
+from flwr.app.metadata import Metadata
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -44,6 +46,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -75,6 +78,9 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
+from fedgraft_common.parcel import is_parcel, unwrap, wrap
+from fedgraft_common.rebuilding import leaves_of, rebuild
+from fedgraft_common.remembered import Remembered
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +159,9 @@ class FleetConnection:
             )  # fmt: skip
         scheme = "http" if tls is None else "https"
         self._client = _Client(f"{scheme}://{address}", key, tls, self.limits)
+        self._remembered = Remembered()
+        self._received: ConfirmMessageReceivedRequest | None = None
+        self._rebuilt = ""  # id of the last request, if its server can open parcels
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
@@ -168,8 +177,12 @@ class FleetConnection:
         """The server's number for this site."""
         return cast(Node, self._node).node_id
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         """The next message for this site, complete, or None.
+
+        Args:
+            wait: whole seconds that the server may hold the question open until there is one. A
+                server that does not know how answers at once.
 
         Raises:
             LinkError: the connection failed.
@@ -177,26 +190,37 @@ class FleetConnection:
             RunOver: its run ended while it was fetched.
         """
         with _told(self.address):
+            self._confirm()
+            self._client.wait = int(wait)
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
             if not response.messages_list:
                 return None
             if not response.message_object_trees:
                 raise malformed("a message without objects")
             tree = response.message_object_trees[0]
-            run = response.messages_list[0].metadata.run_id
-            contents = self._pull(run, tree)
-            self._client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run, message_object_id=tree.object_id
-                )
-            )
-        message = inflate_message(tree.object_id, contents, self.limits.message)
+            announced = _announced(response.messages_list[0])
+            run = announced.run_id
+            message, contents = self._pull(run, tree, announced)
+        self._rebuilt = "" if message is None else tree.object_id
+        self._received = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=run, message_object_id=tree.object_id
+        )
+        if message is None:
+            message = inflate_message(tree.object_id, contents, self.limits.message)
         if message.metadata.run_id != run or message.metadata.dst_node_id != self.node_id:
             raise malformed("a message for another run or site")
         return message
 
     def prepare(self, reply: Message) -> Outgoing:
-        """Turns a reply into what is sent."""
+        """Turns a reply into what is sent: one object if the request is of our server's form."""
+        is_ours = reply.metadata.reply_to_message_id == self._rebuilt
+        if is_ours and (parcel := wrap(reply)) is not None:
+            name = get_object_id(parcel)
+            reply.metadata.__dict__["_message_id"] = name
+            stripped = remove_content_from_message(reply)
+            return Outgoing(
+                stripped, reply.metadata.run_id, ObjectTree(object_id=name), {name: parcel}
+            )
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             tree = get_object_tree(reply)
@@ -228,6 +252,7 @@ class FleetConnection:
         try:
             if node is not None:
                 with _told(self.address):
+                    self._confirm()
                     self._client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         except (LinkError, RunOver) as error:
             log.debug("closing: %s", error, extra={"action": "close"})
@@ -241,6 +266,13 @@ class FleetConnection:
     def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
+
+    def _confirm(self) -> None:
+        """Lets the server delete the last message; not before its reply, which somebody awaits."""
+        received, self._received = self._received, None
+        if received is not None:
+            with suppress(RunOver), _told(self.address):
+                self._client.ConfirmMessageReceived(received)
 
     def _push(self, reply: Outgoing) -> bool:
         """Whether the server has all of it; if not, it will say what is still missing."""
@@ -296,12 +328,18 @@ class FleetConnection:
             log.debug("heartbeat: %s", error, extra={"action": "heartbeat"})
             return False
 
-    def _pull(self, run: int, tree: ObjectTree) -> dict[str, bytes]:
+    def _pull(
+        self, run: int, tree: ObjectTree, announced: Metadata
+    ) -> tuple[Message | None, dict[str, bytes]]:
+        """The message if it is of our form, or else the contents of all its objects."""
         names = object_names(tree, self.limits.message)
+        leaves = leaves_of(tree)
         room = self.limits.message.bytes
 
         def pull(name: str) -> bytes:
             nonlocal room
+            if (known := self._remembered.get(name)) is not None:
+                return known
             request = PullObjectRequest(node=self._node, run_id=run, object_id=name)
             response = self._client.PullObject(request)
             if not response.object_found:
@@ -313,12 +351,23 @@ class FleetConnection:
                 raise too_large(self.limits.message)
             if get_object_id(response.object_content) != name:
                 raise malformed("an object that does not match its SHA-256")
+            self._remembered.keep(name, response.object_content)
             return response.object_content
 
-        try:
+        def pull_all(some: list[str]) -> dict[str, bytes]:
             return pull_objects(
-                names, pull, max_time=_SERVER_WAITS, initial_backoff=0.02, backoff_cap=1.0
+                some, pull, max_time=_SERVER_WAITS, initial_backoff=0.02, backoff_cap=1.0
             )
+
+        try:
+            contents = pull_all(leaves)
+            if is_parcel(contents.get(tree.object_id, b"")):
+                name = tree.object_id
+                return unwrap(name, contents[name], self.limits.message), {}
+            message = rebuild(tree.object_id, announced, contents, self.limits.message)
+            if message is None:
+                contents |= pull_all([name for name in names if name not in contents])
+            return message, contents
         except ObjectPullError as error:
             raise malformed(str(error)) from None
 
@@ -404,6 +453,7 @@ class _Client(FleetHttpClient):
             verify=tls if tls is not None else True,
             timeout=limits.timeout,
         )
+        self.wait = 0  # seconds that the next PullMessages may be held
         self._client.follow_redirects = False  # an update goes to the server and nowhere else
         self._limit = limits.response
 
@@ -417,6 +467,8 @@ class _Client(FleetHttpClient):
         return super()._unary_unary(**call)  # each attempt is built and signed anew
 
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
+        if self.wait and context.rpc_method == _ONCE:
+            context.request.headers["prefer"] = f"wait={self.wait}"
         response = super()._send(context, stream=True)
         if response.is_closed:
             return response  # an error; Flower has read the beginning of its text
@@ -433,6 +485,14 @@ class _Client(FleetHttpClient):
         finally:
             response.close()
         return httpx.Response(response.status_code, content=bytes(content), request=context.request)
+
+
+def _announced(found: ProtoMessage) -> Metadata:
+    """Who sends what."""
+    try:
+        return metadata_from_proto(found.metadata)
+    except Exception as error:  # Flower's readers raise whatever protobuf and str do
+        raise malformed(type(error).__name__) from None
 
 
 @contextmanager

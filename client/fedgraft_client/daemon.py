@@ -4,10 +4,10 @@
        ^                                          |
        +------ wait (exponential, full jitter) <--+  whenever the connection fails
 
-A site asks; nobody calls it. Questions are close together while a run is active and further apart
-the longer nothing came: an idle site costs next to nothing, a busy one loses about a hundredth
-of a round's time. A reply that could not be sent is kept and sent again, the same bytes, before
-anything else is asked.
+A site asks; nobody calls it. While a run is active its server holds each question open until there
+is an answer. Questions are further apart the longer nothing came: an idle site costs next to
+nothing, a busy one loses about a hundredth of a round's time. A reply that could not be sent is
+kept and sent again, the same bytes, before anything else is asked.
 
 SIGTERM and the first SIGINT let the round under way finish and its reply leave; a second SIGINT
 abandons it. An abandoned round counts as spent in the ledger.
@@ -48,8 +48,8 @@ class Connection(Protocol):
         """The server's number for this site."""
         ...
 
-    def receive(self) -> Message | None:
-        """The next message, or None."""
+    def receive(self, wait: float = 0.0) -> Message | None:
+        """The next message, or None; the server may hold the question so many seconds."""
         ...
 
     def prepare(self, reply: Message) -> Outgoing:
@@ -70,7 +70,9 @@ class Pace:
     """How often the daemon asks, in seconds.
 
     Attributes:
-        poll: between two questions while a run is active.
+        hold: how long the server may hold a question, while a run is active. A signal is noticed
+            at the latest after this long.
+        poll: between two questions while a run is active, with a server that holds none.
         idle: between two questions at most.
         share: part of the time since the last message that may pass between two questions: a
             round that took ten minutes can wait a few seconds for its successor.
@@ -79,6 +81,7 @@ class Pace:
         drain: how long a draining daemon tries to deliver its last reply.
     """
 
+    hold: float = 2.0
     poll: float = 0.1
     idle: float = 5.0
     share: float = 0.01
@@ -175,20 +178,22 @@ class Daemon:
                     self._deliver(connection)
                 if self._stopping is not None:
                     return
-                if self._ask(connection):
+                pause = self.pace.question(self.clock() - heard)
+                due = self.clock() + pause
+                if self._ask(connection, self.pace.hold if pause <= self.pace.hold else 0.0):
                     heard = self.clock()
                 elif self.is_outdated():
                     return
                 else:
-                    self._wait(self.pace.question(self.clock() - heard))
+                    self._wait(due - self.clock())  # a question that was held was the pause
                 self._failures = 0
         finally:
             connection.close()
 
-    def _ask(self, connection: Connection) -> bool:
+    def _ask(self, connection: Connection, hold: float) -> bool:
         """Whether there was a message; its reply is then pending."""
         try:
-            message = connection.receive()
+            message = connection.receive(hold)
         except MessageError as error:
             self._note(error, "refuse")
             return True

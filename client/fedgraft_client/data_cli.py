@@ -43,6 +43,38 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def extract(
+    plan_file: Annotated[Path, typer.Argument(help="The plan, which names the backbone.")],
+    site: SiteFileOption = DEFAULT,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. backbone.source."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Keep what the frozen backbone makes of each record, and score a head alone on it."""
+    from rich.console import Console
+
+    from fedgraft_client import extraction
+    from fedgraft_common.plan import load_plan
+
+    plan = load_plan(plan_file, changes or ())
+    with Console(stderr=True).status("Extracting"):
+        found = extraction.extract(site, plan)
+    if as_json:
+        rows = [{"score": s.name, "value": s.value, "low": s.low, "high": s.high}
+                for s in found.scores]  # fmt: skip
+        facts = {"backbone": found.backbone, "shape": found.shape, "units": found.units}
+        typer.echo(json.dumps({**facts, "scores": rows, "file": str(found.file)}))
+        return
+    shape = " x ".join(map(str, found.shape))
+    typer.echo(f"backbone    {found.backbone}")
+    typer.echo(f"features    {shape} of {found.units} units")
+    typer.echo("head alone  " + "\n            ".join(map(str, found.scores)))
+    typer.echo(f"kept in     {found.file}")
+
+
 def look(site: Path) -> dict[str, Any]:
     """What `check` prints, as data.
 

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from fedgraft_client.augmentation import check_views
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.cache import MEMORY_LIMIT
 from fedgraft_client.device_memory import GIB, memory_fraction
@@ -80,19 +81,19 @@ def trial_step(
     bench: Workbench, plan: Plan, task: Task, records: int = RECORDS
 ) -> tuple[str, None]:
     """One whole DP step on synthetic records, with the engine that the real ones would get."""
+    check_views(plan.augmentation, bench.adapted.backbone.modality, task.features, task.spec.kind)
     head = start_head(plan, task, bench.adapted)
     example = bench.adapted.backbone.example(records, torch.Generator().manual_seed(1))
     inputs = (tensor.to(bench.device) for tensor in example)
     cached = tuple(tensor.cpu() for tensor in bench.prefix.compute(*inputs))
     model, _ = bench.trainer(head)
-    verdict = bench.verdicts[-1]
     with torch.no_grad():
         labels = task.example(model(*(tensor.to(bench.device) for tensor in cached))).cpu()
     smaller: list[int] = []
     began = time.perf_counter()
     update = train_round(
         bench,
-        plan.replace({"training.local_steps": 1}),
+        plan.replace({"training.local_steps": 1, "training.proximal": 0}),
         1,
         bench.initial,
         head,
@@ -110,6 +111,7 @@ def trial_step(
             "Try another device; if it is the same there, report this with the plan.",
         )  # fmt: skip
     took = time.perf_counter() - began
+    verdict = bench.verdicts[-1]
     room = f", {smaller[-1]} at once for lack of memory" if smaller else ""
     return (
         f"{verdict.engine} exact to {verdict.error:.0e}; {records} synthetic records in "

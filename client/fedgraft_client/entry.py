@@ -23,7 +23,7 @@ from fedgraft_common.accounting import SamplingEvent, merge
 GENESIS = "0" * 64
 FORMAT = 1
 
-Purpose = Literal["train", "evaluate"]
+Purpose = Literal["train", "evaluate", "start"]
 
 
 class Kind(StrEnum):
@@ -36,6 +36,7 @@ class Kind(StrEnum):
     APPROVE = "approve"  # a plan is agreed to, by the operator or by the policy
     SEAL = "seal"  # the head was refitted without noise: this run is over for good
     SECURE = "secure"  # a message of secure aggregation may leave; its state is stored with it
+    PEER = "peer"  # the operator vouches for a peer's key in secure aggregation
     RECOVER = "recover"  # entries were lost and put back, or charged, from the witness
 
 
@@ -47,7 +48,7 @@ class Charge:
         run: the plan's name.
         plan: its hash.
         round: from 1.
-        purpose: training, or a released evaluation.
+        purpose: training, a released evaluation, or the class means that a head starts with.
         mechanism: `local` or `distributed`.
         unit: what the promise protects: `record`, or a column.
         event: sample rate, noise multiplier and steps of this round.
@@ -225,9 +226,15 @@ def spent(entries: Iterable[Entry], plan: str | None = None) -> list[SamplingEve
 
 
 def output_of(body: Mapping[str, Any]) -> str:
-    """What a `reserve` entry pays for, as the stored rounds are named: plan, or its evaluation."""
+    """What a `reserve` entry pays for, as the stored rounds are named: plan, or part of it."""
     plan = str(body["plan"])
-    return evaluation_of(plan) if body["purpose"] == "evaluate" else plan
+    names = {"evaluate": evaluation_of, "start": start_of}
+    return names[body["purpose"]](plan) if body["purpose"] in names else plan
+
+
+def start_of(plan: str) -> str:
+    """The name of the head that a plan starts with among the stored rounds."""
+    return f"{plan}/start"
 
 
 def evaluation_of(plan: str) -> str:
@@ -245,7 +252,10 @@ def secure_state_of(plan: str, half: str) -> str:
 
 
 def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
-    """Entry that committed the newest output of each plan; none where lines were put back."""
+    """Entry that committed the newest output of each plan; none where lines were put back.
+
+    States of secure aggregation end with any recovery.
+    """
     known = {e.seq: e for e in entries}
     newest: dict[str, int] = {}
     for entry in entries:
@@ -256,7 +266,11 @@ def newest_commits(entries: Sequence[Entry]) -> dict[str, int]:
         elif entry.kind is Kind.SECURE:
             for half in {SETUP, ROUNDS} & entry.body.keys():
                 newest[secure_state_of(str(entry.body["plan"]), half)] = entry.seq
-        elif entry.kind is Kind.RECOVER and "restored" in entry.body:
-            first = entry.seq - int(entry.body["restored"])
-            newest = {plan: seq for plan, seq in newest.items() if seq < first}
+        elif entry.kind is Kind.RECOVER:
+            first = entry.seq - int(entry.body.get("restored", 0))
+            newest = {
+                output: seq
+                for output, seq in newest.items()
+                if seq < first and secure_state_of("", "") not in output
+            }
     return newest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -39,14 +39,42 @@ class LinearHead(nn.Module):
     def __init__(self, features: int, outputs: int, task: Task | None = None) -> None:
         super().__init__()
         self.task = task or _numbered_classes(outputs)
+        self.affine: nn.Conv1d | None = None
         self.linear = nn.Linear(features, outputs)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Unnormalised log-probabilities."""
-        logits: torch.Tensor = self.linear(self.normalise(features))
-        return logits
+        """What the task's loss takes: unnormalised log-probabilities, for classes."""
+        outputs: torch.Tensor = self.linear(self.normalise(self.localise(features)))
+        return outputs
+
+    def localise(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (..., D) through the site's own scale and shift, if it has them."""
+        if self.affine is None:
+            return features
+        shown: torch.Tensor = self.affine(features.reshape(-1, features.shape[-1], 1))
+        return shown.reshape(features.shape)
+
+    def with_affine(self) -> Self:
+        """The same head with a scale of 1 and a shift of 0 for each feature, trained at home.
+
+        As a convolution of one channel each, because Opacus knows its per-example gradients.
+        """
+        width = self.linear.in_features
+        self.affine = nn.Conv1d(width, width, 1, groups=width)
+        nn.init.ones_(self.affine.weight)
+        assert self.affine.bias is not None  # noqa: S101 - Conv1d has one unless told otherwise
+        nn.init.zeros_(self.affine.bias)
+        return self
+
+    def like(self) -> Self:
+        """A new head of the same form and task, that trains what this one trains."""
+        made = type(self)(self.linear.in_features, self.linear.out_features, self.task)
+        made.linear.requires_grad_(self.linear.weight.requires_grad)
+        if self.affine is not None:
+            made.with_affine()
+        return made
 
     @staticmethod
     def normalise(features: torch.Tensor) -> torch.Tensor:

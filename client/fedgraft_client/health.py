@@ -1,16 +1,16 @@
 """What a site daemon is doing, for `fedgraft site status` and whoever watches the machine.
 
 The file stays at the site: it may say why something failed. Nothing in it is measured on records.
-Its time of change is a heartbeat: a round may take hours, in which the daemon writes nothing.
+A heartbeat writes it again and again: a round may take hours, in which the daemon writes nothing,
+and in which it may be told to stop.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -84,16 +84,16 @@ def read_health(path: Path) -> Health:
 
 
 @contextlib.contextmanager
-def heartbeat(path: Path, seconds: float = BEAT) -> Iterator[None]:
-    """Keeps the time of a status file fresh, from a thread, while the context lasts."""
+def heartbeat(beat: Callable[[], None], seconds: float = BEAT) -> Iterator[None]:
+    """Calls `beat` from a thread, while the context lasts."""
     stop = threading.Event()
 
-    def beat() -> None:
+    def run() -> None:
         while not stop.wait(seconds):
-            with contextlib.suppress(OSError):  # not written yet, or the disk is gone for a while
-                os.utime(path)
+            with contextlib.suppress(OSError):  # the disk is gone for a while
+                beat()
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield

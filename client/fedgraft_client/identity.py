@@ -15,14 +15,13 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
@@ -31,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedgraft_client.secure_member import Membership
 from fedgraft_common.atomic import write_atomically
 from fedgraft_common.certificates import (
+    UNREADABLE,
     certificate_pem,
     check_validity,
     fingerprint,
@@ -114,17 +114,16 @@ class Identity:
             )
         return SiteKey(self.facts.site, read_certificate(self.directory / "site.pem"), key)
 
-    def trust(self, now: dt.datetime, pinned: Mapping[str, str] | None = None) -> Trust:
+    def trust(self, now: dt.datetime) -> Trust:
         """Whose signatures count among its peers.
 
         Args:
             now: the time, with time zone.
-            pinned: key fingerprints that this site knows, by name of the peer.
 
         Raises:
             IdentityError: the CA's certificate is missing.
         """
-        return Trust(read_certificate(self.directory / "ca.pem"), now, pinned or {})
+        return Trust(read_certificate(self.directory / "ca.pem"), now)
 
 
 def join(
@@ -256,7 +255,7 @@ def renew_if_due(
     )  # fmt: skip
     try:
         renewed = x509.load_pem_x509_certificate(str(content.get("certificate")).encode())
-    except ValueError:
+    except UNREADABLE:
         raise _strange_answer("no certificate") from None
     _check_issuer(renewed, read_certificate(identity.directory / "ca.pem"), path)
     if not is_pair(renewed, key):
@@ -274,7 +273,7 @@ def _pinned_ca(invite: Invite) -> x509.Certificate:
     content = _call(invite.address, "GET", "/ca", unverified)
     try:
         ca = x509.load_pem_x509_certificate(str(content.get("ca")).encode())
-    except ValueError:
+    except UNREADABLE:
         raise _strange_answer("no CA certificate") from None
     if fingerprint(ca) != invite.ca_sha256:
         raise IdentityError(
@@ -318,7 +317,7 @@ def _call(
         ) from None  # fmt: skip
     try:
         answer = json.loads(received)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets without end
         answer = None
     if not isinstance(answer, dict):
         raise _strange_answer(f"HTTP status {status} without JSON")
@@ -337,7 +336,7 @@ def _joined(
     try:
         certificate = x509.load_pem_x509_certificate(str(content["certificate"]).encode())
         operator_key = str(content["operator_key"])
-        serialization.load_pem_public_key(operator_key.encode())
+        signs_plans = serialization.load_pem_public_key(operator_key.encode())
         facts = FederationFacts.model_validate(
             {
                 "federation": content["federation"],
@@ -347,8 +346,10 @@ def _joined(
                 "backbone": content["backbone"],
             }
         )
-    except (KeyError, ValueError):
+    except (KeyError, *UNREADABLE):
         raise _strange_answer("an incomplete answer") from None
+    if not isinstance(signs_plans, ed25519.Ed25519PublicKey):
+        raise _strange_answer("an operator's key that is no Ed25519 key")
     _check_issuer(certificate, ca, Path("site.pem"))
     if not is_pair(certificate, key):
         raise _strange_answer("a certificate for another key")
@@ -377,7 +378,7 @@ def _read_facts(path: Path) -> FederationFacts:
 def _check_issuer(certificate: x509.Certificate, ca: x509.Certificate, path: Path) -> None:
     try:
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
+    except UNREADABLE:
         raise IdentityError(
             str(path), "a certificate that ca.pem did not issue", "one of this federation's CA",
             f"Restore the directory from a backup. {_AGAIN}",
@@ -387,7 +388,7 @@ def _check_issuer(certificate: x509.Certificate, ca: x509.Certificate, path: Pat
 def _operator_key(path: Path) -> ed25519.Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(read_pem(path))
-    except ValueError:
+    except UNREADABLE:
         key = None
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise IdentityError(

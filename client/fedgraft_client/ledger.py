@@ -17,6 +17,8 @@ Threats and what meets them:
     copy put back               never behind the ledger by more than one entry
     a changed reply             it is compared with the signed commit before it may leave
     a clock set back            entries keep the newest time seen
+    a recovered ledger          its states of secure aggregation are given up: whether a newer one
+                                gave a masked input or named survivors, nobody here knows
     two processes               a lock file; the second one is refused
 
 Not met: whoever holds the signing key and both files can write a new history; and a restored
@@ -146,6 +148,8 @@ class Ledger:
             if durable:
                 self._check()
                 self._compare(self._seen(), recover)
+                if recover and self._keeps_secure_states():
+                    self._append(Kind.RECOVER, {"lost": [], "witness": self.entries()[-1].hash})
                 self._check_rounds()
         except BaseException:
             self.close()
@@ -223,7 +227,15 @@ class Ledger:
             outputs.append((secure_state_of(plan, ROUNDS), number, body[ROUNDS], state.rounds))
         self._append(Kind.COMMIT, body, outputs)
 
-    def keep_secure(self, plan: str, number: int, step: str, reply: str, state: SiteState) -> None:
+    def keep_secure(
+        self,
+        plan: str,
+        number: int,
+        step: str,
+        reply: str,
+        state: SiteState,
+        said: Mapping[str, Any] | None = None,
+    ) -> None:
         """Stores a state of secure aggregation and, with it, that its message may leave.
 
         Args:
@@ -232,8 +244,10 @@ class Ledger:
             step: of the protocol.
             reply: SHA-256 of the message, in hexadecimal.
             state: after the step. Its set-up is written only if it has changed.
+            said: what else an auditor may want to know of the message.
         """
         body: dict[str, Any] = {"plan": plan, "round": number, "step": step, "reply": reply}
+        body |= said or {}
         outputs = []
         before = self.secure_state(plan)
         halves = [(SETUP, state.setup), (ROUNDS, state.rounds)]
@@ -246,6 +260,9 @@ class Ledger:
 
     def secure_state(self, plan: str) -> SiteState | None:
         """The newest state of secure aggregation of a plan, held against the signed entries.
+
+        None after a recovery: the state of an older copy would give a second masked input, or name
+        other survivors, under masks that are in use.
 
         Raises:
             LedgerError: what is stored is not what was written down.
@@ -263,6 +280,9 @@ class Ledger:
                 return None
             digest, content, seq = row
             found = read_entries(connection, f"WHERE seq = {int(seq)}")
+            later = "SELECT 1 FROM entries WHERE kind = ? AND seq > ?"
+            if connection.execute(later, (Kind.RECOVER.value, seq)).fetchone() is not None:
+                return None
         said = found[0].body.get(half) if found and found[0].is_signed_by(self.public_key) else None
         if said != digest or hashlib.sha256(content).hexdigest() != digest:
             raise LedgerError(
@@ -284,14 +304,20 @@ class Ledger:
         return found is not None
 
     def last_trained(self, plan: str) -> int:
-        """The last round of a plan that was reserved for training; 0 if there is none."""
+        """The last round of a plan that was reserved for training; 0 if there is none.
+
+        Those count that a recovery found in the witness alone.
+        """
         query = (
             "SELECT max(json_extract(body, '$.round')) FROM entries WHERE kind = ? "
             "AND json_extract(body, '$.plan') = ? AND json_extract(body, '$.purpose') = 'train'"
         )
         with self._reading() as connection:
             (last,) = connection.execute(query, (Kind.RESERVE.value, plan)).fetchone()
-        return int(last or 0)
+            recovered = read_entries(connection, f"WHERE kind = '{Kind.RECOVER.value}'")
+        lost = [body for entry in recovered for body in entry.body.get("lost", [])]
+        rounds = [b["round"] for b in lost if (b["plan"], b["purpose"]) == (plan, "train")]
+        return max(map(int, [last or 0, *rounds]))
 
     def void(self, reservation: int) -> None:
         """Takes a reservation back. Only for one whose round never sampled a private record."""
@@ -366,6 +392,10 @@ class Ledger:
             found = connection.execute(query, (Kind.APPROVE.value, plan, by)).fetchone()
         return found is not None
 
+    def accept_peer(self, name: str, key: str) -> None:
+        """Writes down that a peer's key, named by its fingerprint, is vouched for."""
+        self._append(Kind.PEER, {"peer": name, "key": key})
+
     def seal(self, plan: str) -> None:
         """Ends a run at this site: its head has been fitted without noise."""
         if not self.sealed(plan):
@@ -404,6 +434,18 @@ class Ledger:
         body: Mapping[str, Any],
         outputs: Sequence[tuple[str, int, str, bytes]] = (),
     ) -> Entry:
+        entry = self._write(kind, body, outputs)
+        if self._witness is not None:
+            self._witness.append([entry])
+        return entry
+
+    def _write(
+        self,
+        kind: Kind,
+        body: Mapping[str, Any],
+        outputs: Sequence[tuple[str, int, str, bytes]] = (),
+    ) -> Entry:
+        """The next line, which the witness does not know yet."""
         with self._transaction() as connection:
             last = read_entries(connection, "ORDER BY seq DESC LIMIT 1")
             seq, previous, then = 0, GENESIS, 0
@@ -413,10 +455,10 @@ class Ledger:
             entry = Entry.signed(seq + 1, now, kind, body, previous, self._key)
             _insert(connection, entry)
             connection.executemany(_STORE, [(*output, entry.seq) for output in outputs])
+            if kind is Kind.RECOVER:
+                _give_up_secure_states(connection)
         if self._durable:
             self._count(entry)
-            if self._witness is not None:
-                self._witness.append([entry])
         return entry
 
     def _count(self, entry: Entry) -> None:
@@ -527,8 +569,9 @@ class Ledger:
         # Another history: everything that the witness alone knows is charged.
         lost = [dict(e.body) for e in charges(seen) if e.seq > common and e.kind is Kind.RESERVE]
         lost += [b for e in seen[common:] if e.kind is Kind.RECOVER for b in e.body.get("lost", [])]
-        self._witness.replace(entries)
-        self._append(Kind.RECOVER, {"lost": lost, "witness": seen[-1].hash if seen else None})
+        # Written before the witness is replaced: a crash in between charges twice, never not.
+        self._write(Kind.RECOVER, {"lost": lost, "witness": seen[-1].hash if seen else None})
+        self._witness.replace(self.entries())
 
     def _put_back(self, seen: list[Entry]) -> None:
         """Adds the lines that an old copy lacks, as they were; their replies are gone."""
@@ -542,12 +585,19 @@ class Ledger:
                 return  # this copy went on alone: see `_compare`
             for entry in seen[known:]:
                 _insert(connection, entry)
-            for plan in newest_commits(seen[known:]):
-                connection.execute("DELETE FROM rounds WHERE plan = ?", (plan,))
+            for output, seq in newest_commits(seen).items():
+                if seq > known:
+                    connection.execute("DELETE FROM rounds WHERE plan = ?", (output,))
+            _give_up_secure_states(connection)
             body = {"restored": len(seen) - known, "witness": seen[-1].hash}
             last = seen[-1]
             note = Entry.signed(last.seq + 1, last.time, Kind.RECOVER, body, last.hash, self._key)
             _insert(connection, note)
+
+    def _keeps_secure_states(self) -> bool:
+        with self._reading() as connection:
+            query = "SELECT 1 FROM rounds WHERE plan LIKE ?"
+            return connection.execute(query, (_SECURE_STATES,)).fetchone() is not None
 
     def _rolled_back(self, found: str, seq: int) -> LedgerError:
         return LedgerError(
@@ -606,6 +656,7 @@ class Ledger:
 
 
 _STORE = "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?, ?)"
+_SECURE_STATES = secure_state_of("%", "%")
 
 
 def read_entries(connection: sqlite3.Connection, which: str = "ORDER BY seq") -> list[Entry]:
@@ -622,6 +673,10 @@ def _insert(connection: sqlite3.Connection, entry: Entry) -> None:
         (entry.seq, entry.time, entry.kind.value, _json(entry.body), entry.previous,
          entry.signature),
     )  # fmt: skip
+
+
+def _give_up_secure_states(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM rounds WHERE plan LIKE ?", (_SECURE_STATES,))
 
 
 def _json(body: Mapping[str, Any]) -> str:

@@ -123,10 +123,11 @@ def check_policy(
     limits = f"epsilon {policy.maximum_epsilon:g} at delta {policy.maximum_delta:g}"
     if plan is None:
         return f"{limits}, approval {policy.approval}; no --plan to hold against it", None
-    if plan.privacy.mechanism != "local":
+    if not (plan.secure or plan.privacy.mechanism == "local"):
         raise PrivacyError(
-            "privacy.mechanism", plan.privacy.mechanism, "local, at a site with real data",
-            "Without secure aggregation the server would see this site's own sum; simulate it.",
+            "privacy.mechanism", plan.privacy.mechanism,
+            "local, or distributed with secure_aggregation = 'real', at a site with real data",
+            "Without either the server would see what is not private; simulate it.",
         )  # fmt: skip
     step = step_noise(plan, file.data.nominal_size, file.name)
     check_plan(policy, plan, file.data.unit, step)

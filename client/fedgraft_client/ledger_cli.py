@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +80,39 @@ def export(ledger: LedgerFile) -> None:
 
 
 @app.command()
+def transcript(
+    folder: Annotated[Path, typer.Argument(help="A transcript-NNNNNN folder of the server's run.")],
+    ledgers: Annotated[
+        list[Path], typer.Argument(help="Ledgers of sites that took part, or exports of them.")
+    ],
+    ca: Annotated[Path, typer.Option("--ca", help="The federation's CA certificate, ca.pem.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check from both sides that a server could open sums only; exit code 1 on any fault."""
+    from fedgraft_client.account import read_ledger
+    from fedgraft_client.transcript_check import compare
+    from fedgraft_common.secure_transcript import Transcript
+
+    read = Transcript.read(folder)
+    found = compare(read, {str(path): read_ledger(path) for path in ledgers}, ca)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        terms = read.terms
+        typer.echo(f"set-up     rounds {terms.first_round} to {terms.last_round}")
+        typer.echo(f"roster     {read.roster.digest.hex()[:16]}, {len(read.roster)} sites")
+        typer.echo(f"answers    {found.answers}, {found.left_out} of them from ledgers alone")
+        enough = "enough" if len(found.sites) >= terms.needed else "too few: ask more sites"
+        typer.echo(f"ledgers    of {len(found.sites)} sites, {enough} (at least {terms.needed})")
+        for finding in found.findings:
+            typer.echo(f"fault      {finding.fault}: {finding.text}")
+        if not found.findings:
+            typer.echo("faults     none: one sum a round could be opened, and nothing else")
+    if found.findings:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recover(
     site: Annotated[
         Path, typer.Option("--site", envvar="FEDGRAFT_SITE", help="The site file.")
@@ -114,6 +148,11 @@ def _words(body: object) -> str:
             f"{body['mechanism']}: q {body['sample_rate']:.4g}, "
             f"sigma {body['noise_multiplier']:.4g}, {body['steps']} steps, per {body['unit']}"
         )
-    return ", ".join(
-        f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in body.items()
-    )
+    return ", ".join(f"{key} {_word(value)}" for key, value in body.items())
+
+
+def _word(value: object) -> str:
+    """Hashes and fingerprints are cut short; `export` has all of them."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_word(part)}" for key, part in value.items()) + ")"
+    return value[:12] if isinstance(value, str) else str(value)

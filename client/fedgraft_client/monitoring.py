@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +29,17 @@ def monitored(
     Raises:
         PolicyError: a port of `[monitoring]` is taken.
     """
-    listeners: list[Callable[[Health], None]] = [daemon.on_change, lambda h: h.write(status)]
+    one_at_a_time = threading.Lock()  # or the heartbeat could put an older state back
+
+    def save(health: Health) -> None:
+        with one_at_a_time:
+            health.write(status)
+
+    def beat() -> None:
+        if daemon.health.since:  # it has begun
+            save(daemon.health)
+
+    listeners: list[Callable[[Health], None]] = [daemon.on_change, save]
     ports = file.monitoring
     with contextlib.ExitStack() as stack:
         if ports.metrics_port is not None:
@@ -46,7 +57,7 @@ def monitored(
 
             served = stack.enter_context(serve_health(f"127.0.0.1:{ports.health_port}"))
             listeners.append(served.on_change)
-        stack.enter_context(heartbeat(status))
+        stack.enter_context(heartbeat(beat))
 
         def tell(health: Health) -> None:
             for listener in listeners:

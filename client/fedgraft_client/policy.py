@@ -52,7 +52,7 @@ class Policy(Section):
         default=("local",), description="Mechanisms a plan may use."
     )
     minimum_sites: int = Field(
-        default=2,
+        default=3,
         ge=2,
         description="Least number of sites in a run with the distributed mechanism.",
     )
@@ -61,6 +61,18 @@ class Policy(Section):
         ge=1,
         description="Least h of such a run: sites less tolerated dropouts and colluders, those "
         "whose noise the promise rests on.",
+    )
+    minimum_colluders: int = Field(
+        default=1,
+        ge=0,
+        description="Least number of colluders that such a run must tolerate. With 0, a plan may "
+        "promise nothing against the other sites: each knows its own noise share.",
+    )
+    peers: Literal["first", "approved"] = Field(
+        default="first",
+        description="Whose keys count as known in secure aggregation. `first`: those of the first "
+        "roster, and whom `fedgraft site accept-peer` names; `approved`: only the latter. Others "
+        "count as colluders.",
     )
     backbones: tuple[str, ...] = Field(
         default=("any",),
@@ -163,6 +175,11 @@ def _check_company(policy: Policy, plan: Plan) -> None:
         raise _broken(
             "aggregation.sites less tolerated dropouts and colluders", honest,
             f"at least {policy.minimum_honest_sites}", "minimum_honest_sites",
+        )  # fmt: skip
+    if (colluders := plan.privacy.tolerated_colluders) < policy.minimum_colluders:
+        raise _broken(
+            "privacy.tolerated_colluders", colluders,
+            f"at least {policy.minimum_colluders}", "minimum_colluders",
         )  # fmt: skip
 
 

@@ -28,8 +28,9 @@ def refit_head(
     """Fits a head to a site's own records, without noise.
 
     Minimises sum of losses + stiffness/2 * |head - start|^2 by L-BFGS in float64. For all tasks
-    but detection, whose loss of a box is not, that is convex with one minimum: the maximum a
-    posteriori estimate under a Gaussian prior around `start`. With classes and a head of zeros it
+    but detection, whose loss of a box is not, and for heads without a local affine part, that is
+    convex with one minimum: the maximum a posteriori estimate under a Gaussian prior around
+    `start`. With classes and a head of zeros it
     is ordinary ridge-penalised logistic regression.
 
     Args:
@@ -41,8 +42,8 @@ def refit_head(
     Returns:
         A frozen head. Of one whose table of tokens is the backbone's own, only the bias is fitted.
     """
-    linear, task = start.linear, start.task
-    head = type(start)(linear.in_features, linear.out_features, task).requires_grad_(False)
+    task = start.task
+    head = start.like().requires_grad_(False)
     inputs = features.double()
     labels = labels.double() if labels.is_floating_point() else labels
     centre = {name: p.detach().double() for name, p in start.named_parameters()}

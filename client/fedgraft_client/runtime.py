@@ -37,27 +37,76 @@ THREADS = torch.get_num_threads()
 class SiteModel(nn.Module):
     """The prefix' remainder and a head: a task's outputs, such as logits (N, K), of cached tensors.
 
+    Args:
+        prefix: the cut model.
+        head: of a site.
+        device: where it runs.
+        drops: whether the first tensor it is given holds factors of the features, (N, D): dropout
+            whose draws are part of the record, so that every engine sees the same ones.
+        alignment: weight of the mean square of a record's features, which a backbone that states
+            its public mean and spread gives in their units; above 0, the model gives outputs and
+            that distance (N,).
+
     Attributes:
         dtype: number format of the frozen layers; the head and the adapter stay float32.
     """
 
-    def __init__(self, prefix: Prefix, head: LinearHead, device: torch.device) -> None:
+    def __init__(
+        self,
+        prefix: Prefix,
+        head: LinearHead,
+        device: torch.device,
+        drops: bool = False,
+        alignment: float = 0.0,
+    ) -> None:
         super().__init__()
         self.prefix = prefix
         self.head = head.to(device)
         self.device_type = device.type
         self.dtype = torch.float32
+        self._drops = drops
+        self._alignment = alignment
 
-    def forward(self, *cached: torch.Tensor) -> torch.Tensor:
+    def forward(self, *cached: torch.Tensor) -> Any:
         """Runs the rest of the backbone, then the head."""
-        outputs: torch.Tensor = self.head(self.features(*cached))
+        factors, rest = (cached[0], cached[1:]) if self._drops else (None, cached)
+        features = self.features(*rest)
+        shown = features if factors is None else features * _over_places(factors, features)
+        outputs: torch.Tensor = self.head(shown)
+        if not self._alignment:
+            return outputs
+        return outputs, features.square().flatten(1).mean(dim=1)
+
+    def answers(self, *cached: torch.Tensor) -> torch.Tensor:
+        """The outputs alone."""
+        found = self(*cached)
+        outputs: torch.Tensor = found[0] if self._alignment else found
         return outputs
+
+    def loss(self, task: Task) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        """The loss of each record, of what the model gives: the task's, and the distance's."""
+        if not self._alignment:
+            return task.loss
+
+        def both(found: Any, labels: torch.Tensor) -> torch.Tensor:
+            outputs, distance = found
+            loss: torch.Tensor = task.loss(outputs, labels) + self._alignment * distance
+            return loss
+
+        return both
 
     def features(self, *cached: torch.Tensor) -> torch.Tensor:
         """Features float32, of the kind that the head takes."""
         exact = (t.float() if t.is_floating_point() else t for t in cached)
         features: torch.Tensor = self.prefix(*exact)
         return features.float()
+
+
+def _over_places(factors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """(N, D) factors for features (N, D), (N, T, D) or (N, D, H, W): the same at every place."""
+    if features.dim() == 4:
+        return factors[:, :, None, None]
+    return factors[:, None] if features.dim() == 3 else factors
 
 
 def allow_onednn_products() -> bool:
@@ -119,7 +168,7 @@ class Workbench:
         self.prefix = Prefix(self.adapted)
         self.verdicts: tuple[Verdict, ...] = ()
         self._chunk = CHUNK
-        self._kind: tuple[Task, int, bool] | None = None
+        self._kind: tuple[Any, ...] | None = None
         self._trainer: tuple[SiteModel, Engine] | None = None
 
     def cache(self, raw: Raw) -> Cached:
@@ -151,15 +200,25 @@ class Workbench:
             parts, self._chunk = in_chunks(compute, len(cached[0]), self._chunk)
         return torch.cat(parts)
 
-    def trainer(self, head: LinearHead) -> tuple[SiteModel, Engine]:
+    def trainer(
+        self, head: LinearHead, dropout: float = 0.0, alignment: float = 0.0
+    ) -> tuple[SiteModel, Engine]:
         """The model with checked per-example gradients, its head set to the values of `head`.
+
+        Args:
+            head: of a site.
+            dropout: if above 0, the model takes one more tensor, the first: factors of the
+                features (N, D).
+            alignment: weight of the features' distance from the backbone's public mean.
 
         Raises:
             GradientError: no engine is exact for this model.
+            PlanError: alignment, and the backbone states no mean.
         """
-        kind = (head.task, head.linear.out_features, head.linear.weight.requires_grad)
+        trains = any(parameter.requires_grad for parameter in head.parameters())
+        kind = (head.task, type(head), head.linear.out_features, trains, dropout > 0, alignment)
         if self._trainer is None or self._kind != kind:
-            self._trainer = self._checked(head)
+            self._trainer = self._checked(head, dropout > 0, alignment)
             self._kind = kind
         model, engine = self._trainer
         model.head.load_state_dict(head.state_dict())
@@ -175,19 +234,28 @@ class Workbench:
             self._trainer[1].close()
             self._trainer = None
 
-    def _checked(self, like: LinearHead) -> tuple[SiteModel, Engine]:
+    def _checked(self, like: LinearHead, drops: bool, alignment: float) -> tuple[SiteModel, Engine]:
         self.release()
+        public = self.adapted.backbone.manifest.feature_mean
+        if alignment and (self.adapted.features != "pooled" or not public):
+            raise PlanError(
+                "training.alignment", alignment, "0, for this backbone states no public mean and "
+                "spread of the features of this task (feature_mean, feature_std in its manifest)",
+                "Set training.alignment = 0, or choose another backbone or task.",
+            )  # fmt: skip
         generator = torch.Generator().manual_seed(3)
-        linear, task = like.linear, like.task
-        head = type(like)(linear.in_features, linear.out_features, task)
-        head.requires_grad_(linear.weight.requires_grad)
+        head, task = like.like(), like.task
         nn.init.normal_(head.linear.weight, generator=generator)  # zeros would hide every error
-        model = SiteModel(self.prefix, head, self.device)
+        model = SiteModel(self.prefix, head, self.device, drops, alignment)
         example = self.adapted.backbone.example(CHECK_RECORDS, torch.Generator().manual_seed(2))
         cached = self.prefix.compute(*(tensor.to(self.device) for tensor in example))
+        if drops:
+            shape = (CHECK_RECORDS, self.adapted.feature_dim)
+            factors = torch.rand(shape, generator=generator).gt(0.3) / 0.7
+            cached = (factors.to(self.device), *cached)
         with torch.no_grad():
-            labels = task.example(model(*cached))
-        engine, self.verdicts = choose_engine(model, cached, labels, task.loss)
+            labels = task.example(model.answers(*cached))
+        engine, self.verdicts = choose_engine(model, cached, labels, model.loss(task))
         model.dtype = self.dtype  # checked in float32, then used in the plan's format
         return model, engine
 

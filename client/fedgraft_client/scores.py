@@ -5,6 +5,7 @@ Shapes: N records, U units.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -60,7 +61,7 @@ def scores(
         units: (N,) int64, the unit of each record; None if every record is one.
         resamples: how often to draw; 0 for values alone.
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     values = task.scores(outputs, labels)
     numbers = torch.arange(len(outputs)) if units is None else units
@@ -76,14 +77,16 @@ def scores(
         def statistic(sample: Any) -> float:
             return drawn(np.ascontiguousarray(sample, dtype=np.int64).tobytes())[name]
 
-        found = bootstrap(
-            (np.arange(len(groups)),),
-            statistic,
-            n_resamples=resamples,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(0),  # the same draws for every score
-        ).bootstrap_distribution
+        with warnings.catch_warnings():  # draws without a value are left out below
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            found = bootstrap(
+                (np.arange(len(groups)),),
+                statistic,
+                n_resamples=resamples,
+                vectorized=False,
+                method="percentile",
+                rng=np.random.default_rng(0),  # the same draws for every score
+            ).bootstrap_distribution
         known = found[~np.isnan(found)]
         if len(known) < resamples / 2:
             return float("nan"), float("nan")

@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from fedgraft_client.ledger import Ledger
-from fedgraft_common.errors import MessageError
+from fedgraft_client.peers import Peers
+from fedgraft_common.errors import CheckpointError, MessageError
 from fedgraft_common.masks import Vector
 from fedgraft_common.messages import SecureStep
 from fedgraft_common.plan import Plan
@@ -46,16 +49,24 @@ class SecureMember:
         bits: 32 or 64: sums are modulo 2^bits.
         ledger: of the site.
         membership: key and trust.
+        peers: whom the site knows.
     """
 
     def __init__(
-        self, plan: Plan, length: int, bits: int, ledger: Ledger, membership: Membership
+        self,
+        plan: Plan,
+        length: int,
+        bits: int,
+        ledger: Ledger,
+        membership: Membership,
+        peers: Peers,
     ) -> None:
         self._plan = plan
         self._length = length
         self._bits = bits
         self._ledger = ledger
         self._membership = membership
+        self._peers = peers
         self._kept: tuple[SiteState, SecureSite] | None = None
 
     def answer(self, step: SecureStep, number: int, content: bytes) -> bytes:
@@ -71,14 +82,17 @@ class SecureMember:
 
         Raises:
             MessageError: the protocol does not allow it now, or at all.
-            IdentityError: a peer's certificate does not count.
+            IdentityError: a peer's certificate does not count, or too many peers are strangers.
         """
+        said: dict[str, Any] = {}
         if step is SecureStep.ADVERTISE:
             site = self._begun(Terms.from_bytes(content))
             message = site.advertise().to_bytes()
         elif step is SecureStep.SHARE:
-            site = self._site()
-            message = site.share(Roster.from_bytes(content), self._membership.trust()).to_bytes()
+            site, roster = self._site(), Roster.from_bytes(content)
+            self._kept = None  # what is in memory counts once it is stored, not before
+            message = site.share(roster, self._membership.trust()).to_bytes()
+            said = self._peers.meet(roster, site.name, site.terms.colluders)
         elif step is SecureStep.ACCEPT:
             site, delivery = self._site(), Delivery.from_bytes(content)
             unusable = site.unusable(delivery)
@@ -88,8 +102,9 @@ class SecureMember:
             message = Acceptance(delivery.roster, bits).to_bytes()
         else:
             site = self._site()
-            message = site.unmask(Question.from_bytes(content)).to_bytes()
-        self._keep(site, step, number, message)
+            answer = site.unmask(Question.from_bytes(content))
+            message, said = answer.to_bytes(), {"statement": answer.statement.to_bytes().hex()}
+        self._keep(site, step, number, message, said)
         return message
 
     def accept(self, number: int, content: bytes) -> None:
@@ -111,7 +126,8 @@ class SecureMember:
         """Refuses a round that could not be masked, before it is charged.
 
         Raises:
-            MessageError: the set-up is not complete, or not for this round.
+            MessageError: the set-up is not complete or not for this round; or the round had its
+                input, or its survivors were named.
         """
         site = self._site()
         terms = site.terms
@@ -121,6 +137,7 @@ class SecureMember:
                 f"{terms.first_round} to {terms.last_round}, after a complete set-up",
                 "Nothing was spent. The server is ahead of this site: let it start a new set-up.",
             )  # fmt: skip
+        site.check_open(number)
 
     def mask(self, number: int, values: Vector, context: bytes) -> tuple[Vector, SiteState]:
         """A round's masked input, and the state to store in the same transaction.
@@ -142,9 +159,11 @@ class SecureMember:
             )  # fmt: skip
         state = self._ledger.secure_state(self._plan.hash)
         if state is not None:
-            site = self._restored(state)
-            if site.terms == terms:
-                return site
+            # A state that cannot be read, as after joining again with a new key, is no state.
+            with suppress(CheckpointError):
+                site = self._restored(state)
+                if site.terms == terms:
+                    return site
         last = self._ledger.last_trained(self._plan.hash)
         return SecureSite(terms, self._membership.key, secrets.token_bytes(32), last)
 
@@ -163,14 +182,21 @@ class SecureMember:
             self._kept = state, SecureSite.restore(state, self._membership.key)
         return self._kept[1]
 
-    def _keep(self, site: SecureSite, step: str, number: int, message: bytes) -> None:
+    def _keep(
+        self,
+        site: SecureSite,
+        step: str,
+        number: int,
+        message: bytes,
+        said: dict[str, Any] | None = None,
+    ) -> None:
         state = site.save()
         self._kept = None
         reply = hashlib.sha256(message).hexdigest()
         known = self._ledger.may_leave(self._plan.hash, reply)
         complains = step == SecureStep.ACCEPT and not known  # nothing was taken
         if complains or state != self._ledger.secure_state(self._plan.hash):
-            self._ledger.keep_secure(self._plan.hash, number, step, reply, state)
+            self._ledger.keep_secure(self._plan.hash, number, step, reply, state, said)
         elif not known:
             raise MessageError(
                 "secure aggregation: message", reply[:16], "one that the ledger holds",

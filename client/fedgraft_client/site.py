@@ -20,14 +20,18 @@ from datetime import datetime
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Message
+from safetensors.torch import load, save
 
+from fedgraft_client.augmentation import check_views, views
 from fedgraft_client.budget import Cost, affordable_rounds, check_affordable, cost
 from fedgraft_client.cache import keep
 from fedgraft_client.data import Records, check_records
 from fedgraft_client.egress import digest_counts, guard, guard_counts, guard_secure
-from fedgraft_client.entry import Charge, Purpose, evaluation_of
+from fedgraft_client.entry import Charge, Purpose, evaluation_of, start_of
 from fedgraft_client.evaluation import exact_counts, noised
+from fedgraft_client.few_shot import class_sums, noisy_prototypes
 from fedgraft_client.head import LinearHead
+from fedgraft_client.peers import Peers
 from fedgraft_client.policy import Policy, check_hours, check_plan
 from fedgraft_client.prefix import Cached
 from fedgraft_client.randomness import NoiseSource
@@ -60,6 +64,7 @@ from fedgraft_common.messages import (
     Status,
     Tensors,
     check_range,
+    digest,
     from_record,
     read_request,
     status_of,
@@ -146,7 +151,7 @@ class Site:
         self.policy = Policy() if policy is None and not config.simulated else policy
         self.last_error: Exception | None = None
         self._clock = clock
-        self._caches: dict[int, tuple[Workbench, Cached]] = {}
+        self._caches: dict[tuple[int, str], tuple[Workbench, Cached]] = {}
         self._labels: dict[int, tuple[Workbench, torch.Tensor]] = {}
         self._held_out_cache: tuple[Workbench, Cached] | None = None
         self._runs: dict[int, str] = {}
@@ -395,9 +400,13 @@ class Site:
                 self._members.pop(next(iter(self._members)))
             field = bench.fixed_point(plan)
             self._members[plan.hash] = SecureMember(
-                plan, field.length, field.bits, self.store.ledger, self.membership
+                plan, field.length, field.bits, self.store.ledger, self.membership, self._peers()
             )
         return self._members[plan.hash]
+
+    def _peers(self) -> Peers:
+        rule = None if self.policy is None else self.policy.peers
+        return Peers(self.store.ledger, self.store.directory / "peers", rule)
 
     def _round(self, bench: Workbench, plan: Plan, step: StepNoise, request: Request) -> Tensors:
         number, adapter = request.round, self._adapter(request, bench)
@@ -421,8 +430,11 @@ class Site:
         if member is not None:
             member.check(number)
         noise = self._noise("round", plan, number)
-        cached, labels = self.cached(bench), self.labels(bench)
-        bench.trainer(head)  # checks the gradients on synthetic records before anything is spent
+        cached, labels = self.cached(bench, plan), self.labels(bench)
+        # checks the gradients on synthetic records before anything is spent
+        bench.trainer(head, plan.training.dropout, plan.training.alignment)
+        if finished == 0 and plan.head.training == "prototype":
+            self._start_with_means(bench, plan, step, number, head)
         reservation = None
         if step.event is not None:  # without DP, in a simulation, there is nothing to account
             event = replace(step.event, steps=plan.training.local_steps)
@@ -431,6 +443,7 @@ class Site:
             update = train_round(
                 bench, plan, number, adapter, head, cached, labels, step, noise,
                 self.runtime.physical_batch, self.records.units, self.runtime.remember,
+                plan.augmentation.views,
             )  # fmt: skip
         except BaseException:
             if reservation is not None and noise.untouched:  # no batch was ever drawn
@@ -444,6 +457,35 @@ class Site:
             update = to_tensors(masked, schema)
         self.store.save_round(plan, number, head, update, reservation, state)
         return update
+
+    def _start_with_means(
+        self, bench: Workbench, plan: Plan, step: StepNoise, number: int, head: LinearHead
+    ) -> None:
+        """Sets a head to the site's own class means, which are released once in a run."""
+        ledger, output = self.store.ledger, start_of(plan.hash)
+        kept = ledger.finished(output)
+        if kept is None:
+            noise = self._noise("start", plan, number)
+            sigma = step.start.noise_multiplier if step.start else 0.0
+            units = None if plan.privacy.unit == "record" else self.records.units
+            charged = step.start and self._reserve(plan, step.start, number, "start")
+            try:
+                features = bench.features(bench.initial, self.cached(bench))
+                sums = class_sums(features, self.labels(bench), head.linear.out_features, units)
+                rows = {"rows": noisy_prototypes(sums, sigma, noise)}
+            except BaseException:
+                if charged and noise.untouched:  # nothing was released
+                    self.store.ledger.void(charged)
+                raise
+            seal, content = digest(to_record(rows)), save(rows)
+            if charged:
+                ledger.commit(charged, output, number, seal, content)
+            else:
+                ledger.keep(output, number, seal, content)
+        else:
+            rows = load(kept.content)
+        with torch.no_grad():
+            head.linear.weight.copy_(rows["rows"] * plan.head.scale)
 
     def _counts(
         self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
@@ -503,13 +545,24 @@ class Site:
             )
         )
 
-    def cached(self, bench: Workbench) -> Cached:
-        """What the frozen prefix makes of the training records; computed once."""
-        key = id(bench)
+    def cached(self, bench: Workbench, plan: Plan | None = None) -> Cached:
+        """What the frozen prefix makes of the training records; computed once.
+
+        Args:
+            bench: the model.
+            plan: whose views of each record are wanted, next to each other; None: the records.
+        """
+        settings = plan.augmentation if plan and plan.augmentation.views > 1 else None
+        key = (id(bench), settings.model_dump_json() + str(plan.seed) if plan and settings else "")
         if key not in self._caches:
             while len(self._caches) >= BENCHES:
                 self._caches.pop(next(iter(self._caches)))
-            kept = keep(bench.cache(self.records.inputs), self.store.directory)
+            raw = self.records.inputs
+            if plan and settings:
+                task, modality = self.task(plan), bench.adapted.backbone.modality
+                check_views(settings, modality, task.features, task.spec.kind)
+                raw = views(raw, settings, plan.seed, modality)
+            kept = keep(bench.cache(raw), self.store.directory)
             self._caches[key] = (bench, kept)
         return self._caches[key][1]
 

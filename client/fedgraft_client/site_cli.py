@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedgraft_client.check_cli import check, status
 from fedgraft_client.join_cli import join
+from fedgraft_client.peers_cli import accept_peer, peers
 from fedgraft_common.plan import load_plan
 
 app = typer.Typer(no_args_is_help=True, help="Budget, costs, approval and head of a site.")
@@ -26,6 +27,8 @@ DEFAULT = Path("site.toml")
 app.command("join")(join)
 app.command("check")(check)
 app.command("status")(status)
+app.command("peers")(peers)
+app.command("accept-peer")(accept_peer)
 
 
 @app.command()

@@ -204,6 +204,7 @@ def load_sealed(path: Path) -> SealedHead:
         )  # fmt: skip
     outputs, features = tensors["linear.weight"].shape
     head = empty_head(build_task(_spec(metadata)), features, outputs)
+    head = head.with_affine() if "affine.weight" in tensors else head
     head.load_state_dict(tensors)
     return SealedHead(
         head.requires_grad_(False), Backbone.model_validate_json(metadata["backbone"])

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from fedgraft_client.few_shot import check_few_shot
 from fedgraft_client.head import LinearHead
 from fedgraft_client.tasks import Task
 from fedgraft_client.tasks.detection import Detection
 from fedgraft_client.tasks.language_modelling import LanguageModelling, vocabulary_table
 from fedgraft_client.tasks.sequence_to_class import SequenceToClass
+from fedgraft_client.tasks.task import no_prototype
+from fedgraft_client.zero_shot import text_prototypes
 from fedgraft_common.adapted import AdaptedBackbone
+from fedgraft_common.messages import Tensors
 from fedgraft_common.plan import Plan
 
 
@@ -85,8 +89,16 @@ def start_head(plan: Plan, task: Task, adapted: AdaptedBackbone) -> LinearHead:
     width = adapted.feature_dim
     if isinstance(task, LanguageModelling) and plan.head.training == "fixed":
         table = vocabulary_table(adapted).cpu()
-        return _frozen(empty_head(task, width, len(table)), table, torch.zeros(len(table)))
-    return head_of_width(plan, task, width)
+        head = _frozen(empty_head(task, width, len(table)), table, torch.zeros(len(table)))
+    elif plan.head.training == "text":
+        rows = text_prototypes(plan, task.spec.classes, adapted)
+        empty = empty_head(task, width)
+        if len(rows) != empty.linear.out_features:
+            raise no_prototype(task, "its outputs are not one for each class")
+        head = _frozen(empty, rows * plan.head.scale, torch.zeros(len(rows)))
+    else:
+        head = head_of_width(plan, task, width)
+    return head.with_affine() if plan.head.local_affine else head
 
 
 def head_of_width(plan: Plan, task: Task, features: int) -> LinearHead:
@@ -97,6 +109,10 @@ def head_of_width(plan: Plan, task: Task, features: int) -> LinearHead:
     """
     if plan.head.training == "private":
         return empty_head(task, features)
+    if plan.head.training == "prototype":  # zeros until the site's own means are released
+        head = empty_head(task, features).requires_grad_(False)
+        check_few_shot(head)
+        return head
     weight, bias = task.prototype(plan.seed, features)
     return _frozen(empty_head(task, features), weight * plan.head.scale, bias)
 
@@ -106,3 +122,10 @@ def _frozen(head: LinearHead, weight: torch.Tensor, bias: torch.Tensor) -> Linea
         head.linear.weight.copy_(weight)
         head.linear.bias.copy_(bias)
     return head.requires_grad_(False)
+
+
+def initial_state(head: LinearHead) -> Tensors:
+    """Where the trained parameters of a head of this form begin."""
+    fresh = empty_head(head.task, head.linear.in_features, head.linear.out_features)
+    fresh = fresh.with_affine() if head.affine is not None else fresh
+    return {name: p.detach() for name, p in fresh.named_parameters()}

@@ -103,10 +103,7 @@ def epsilon_bound(events: Sequence[SamplingEvent], delta: float) -> float:
     """
     _check_delta(delta)
     merged = tuple(merge(events))
-    if not merged:
-        return 0.0
-    coarse = _composed_pld(merged, COARSE_INTERVAL)
-    return max(0.0, float(coarse.get_epsilon_for_delta(delta)))
+    return _bound(merged, delta) if merged else 0.0
 
 
 def second_opinion(events: Sequence[SamplingEvent], delta: float, error: float = 0.01) -> float:
@@ -262,7 +259,7 @@ class _CandidateAccountant:
             return 1e6  # Beyond every target, so that the search stops at the least noise.
         pld = _steps_pld(self._event, self._interval)
         if self._prior:
-            pld = _composed_pld(self._prior, self._interval).compose(pld)
+            pld = _composed_history(self._prior, self._interval).compose(pld)
         return float(pld.get_epsilon_for_delta(delta))
 
 
@@ -282,6 +279,12 @@ def _epsilon(events: tuple[SamplingEvent, ...], delta: float, accountant: Accoun
         # "Optimal order is the largest alpha": a loose bound and still a bound.
         warnings.simplefilter("ignore")
         return max(0.0, float(opacus.get_epsilon(delta)))
+
+
+@lru_cache(maxsize=4096)
+def _bound(events: tuple[SamplingEvent, ...], delta: float) -> float:
+    coarse = _composed_pld(events, COARSE_INTERVAL)
+    return max(0.0, float(coarse.get_epsilon_for_delta(delta)))
 
 
 def _prv(events: tuple[SamplingEvent, ...], delta: float, error: float) -> float:
@@ -304,6 +307,12 @@ def merge(events: Iterable[SamplingEvent]) -> list[SamplingEvent]:
 
 
 def _composed_pld(events: tuple[SamplingEvent, ...], interval: float) -> Any:
+    """Keeps what comes before the last mechanism, which has more steps at the next question."""
+    last = _steps_pld(events[-1], interval)
+    return _composed_history(events[:-1], interval).compose(last) if events[:-1] else last
+
+
+def _composed_history(events: tuple[SamplingEvent, ...], interval: float) -> Any:
     for end in range(200, len(events), 200):  # Keeps the recursion shallow on any history.
         _composed_prefix(events[:end], interval)
     return _composed_prefix(events, interval)

@@ -24,6 +24,7 @@ from fedgraft_common.adapters import AdapterMethod, find_method
 from fedgraft_common.backbone import Backbone, load_backbone
 from fedgraft_common.errors import AdapterError
 from fedgraft_common.features import FeatureKind
+from fedgraft_common.manifest import sha256_of
 from fedgraft_common.messages import Tensors, TensorSpec
 from fedgraft_common.plan import Adapter, Plan
 
@@ -195,6 +196,30 @@ class AdaptedBackbone(nn.Module):
                 )  # fmt: skip
         return {spec.name: found[names[spec.name]].float() for spec in self.schema}
 
+    def begin_at(self, directory: Path, sha256: str) -> None:
+        """Starts from an earlier run's adapter, what was drawn for it included.
+
+        Args:
+            directory: in PEFT's format.
+            sha256: of adapter_model.safetensors, hexadecimal.
+
+        Raises:
+            AdapterError: it cannot be read, is for another plan or backbone, or is another file.
+        """
+        from peft import set_peft_model_state_dict
+
+        path = directory / "adapter_model.safetensors"
+        found = sha256_of(path) if path.is_file() else "no such file"
+        if found != sha256:
+            raise AdapterError(
+                str(path), found, f"sha256 {sha256}, pinned by adapter.start_sha256",
+                "Copy the adapter of the earlier run here, or correct the plan.",
+            )  # fmt: skip
+        self.read(directory)  # says in its own words what does not fit
+        with quiet_peft():
+            set_peft_model_state_dict(self.peft, load_file(path))
+        self.set_modes()
+
     def _saved_names(self) -> dict[str, str]:
         """What PEFT calls each tensor of the schema in its file."""
         from peft import get_peft_model_state_dict
@@ -228,9 +253,16 @@ def adapted_backbone(
         plan: any.
         directory: where its backbone lies, if not where the plan says; see `load_backbone`.
         features: what the head of the site's task gets.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded.
+        AdapterError: the adapter does not fit it, or `adapter.start` is not what the plan pins.
     """
     backbone = load_backbone(plan.backbone, directory)
-    return AdaptedBackbone(backbone, plan.adapter, plan.seed, features)
+    model = AdaptedBackbone(backbone, plan.adapter, plan.seed, features)
+    if plan.adapter.start is not None and plan.adapter.start_sha256 is not None:
+        model.begin_at(Path(plan.adapter.start), plan.adapter.start_sha256)
+    return model
 
 
 def choose_blocks(layers: str | tuple[str, ...], blocks: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
@@ -15,6 +16,10 @@ from fedgraft_common.errors import IdentityError
 
 MAX_PEM: Final = 64 * 1024
 """Bytes; a chain of certificates is far below it."""
+UNREADABLE: Final = (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm)
+"""What `cryptography` raises for keys and certificates that are damaged or of no kind it knows.
+
+Much is read when it is asked for, not when it is loaded: `public_key()` may raise each of them."""
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -25,7 +30,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(read_pem(path))
-    except ValueError:
+    except UNREADABLE:
         raise _unreadable(path, "no certificate", "a certificate in PEM format") from None
 
 
@@ -37,7 +42,7 @@ def read_private_key(path: Path) -> PrivateKeyTypes:
     """
     try:
         return serialization.load_pem_private_key(read_pem(path), password=None)
-    except (ValueError, TypeError):
+    except UNREADABLE:
         raise _unreadable(path, "no usable key", "an unencrypted private key in PEM") from None
 
 

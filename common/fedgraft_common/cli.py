@@ -44,7 +44,7 @@ COMMANDS = {
     "resume": Command("fedgraft_server.run_cli", "Continue a run.", "resume_app"),
     "logs": Command("fedgraft_server.run_cli", "Print what a run writes.", "logs_app"),
     "site": Command("fedgraft_client.site_cli", "Join, run the daemon, budget, costs, approval."),
-    "data": Command("fedgraft_client.data_cli", "Check a site's data, and look at it."),
+    "data": Command("fedgraft_client.data_cli", "Check a site's data, and extract features."),
     "ledger": Command("fedgraft_client.ledger_cli", "Verify, show or export a privacy ledger."),
     "server": Command("fedgraft_server.cli", "Set up and run a federation server."),
     "predict": Command("fedgraft_client.cli", "Predict new records with an adapter and a head."),

@@ -29,7 +29,7 @@ of the value, and no floating point between random bits and sample. What is not 
 ends at 15 standard deviations and has 191 bits, a total variation distance below 1e-50 for each
 lookup; and the few factors of 1.
 
-Why not a library: `deploy/decisions/0006-discrete-noise.md`.
+Why not a library: `deploy/decisions/0007-own-sampler-of-discrete-noise.md`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class DiscreteGaussian:
     Args:
         std: at least this standard deviation (of the continuous Gaussian that gives the
             distribution its name, integer units), above 0; exceeded by rounding errors only.
-        base: for tests, a smaller table.
+        base: for tests, a smaller table; at least 9.
 
     Attributes:
         levels: table lookups for one value.
@@ -78,7 +78,9 @@ class DiscreteGaussian:
     def __init__(self, std: float, base: float = BASE) -> None:
         if not 0 < std < 2.0**60:
             raise ValueError(f"std: {std}, not between 0 and 2^60")
-        most = max(1, int(_MOST_M * base / BASE))
+        most = int(_MOST_M * base / BASE)
+        if most < 2:
+            raise ValueError(f"base: {base}, less than 9: too small a table to compose from")
         ratio = std / base
         self.levels = 1 if ratio <= 1 else 1 + max(1, math.ceil(math.log(ratio, most)))
         self.factor = 1 if ratio <= 1 else math.ceil(ratio ** (1 / (self.levels - 1)))
@@ -106,6 +108,13 @@ class DiscreteGaussian:
                 sums.append(sums[-1] + 2 * density)  # y and -y
             whole = Decimal(2) ** _BITS / sums[-1]
             return [int(value * whole) for value in sums[:-1]] + [1 << _BITS]
+
+    @property
+    def variance(self) -> float:
+        """Of what is drawn, as the tables have it: E[y^2] is the sum of (2 j + 1) P[|y| > j]."""
+        beyond = sum((2 * j + 1) * ((1 << _BITS) - t) for j, t in enumerate(self.thresholds))
+        powers = (self.factor**level for level in range(self.levels))
+        return beyond / (1 << _BITS) * sum(p * p for p in powers)
 
     @cached_property
     def _search(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:

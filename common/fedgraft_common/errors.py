@@ -31,6 +31,11 @@ the action to take.
 
 from __future__ import annotations
 
+from typing import Final
+
+MOST: Final = 500
+"""Characters of a field's name or a value that are shown: a server may send megabytes of them."""
+
 
 class FedgraftError(Exception):
     """Base class; see the tree above.
@@ -51,7 +56,12 @@ class FedgraftError(Exception):
 
     def __str__(self) -> str:
         found = repr(self.value) if isinstance(self.value, str) else str(self.value)
-        return f"{self.field}: found {found}; allowed: {self.allowed}. {self.action}"
+        field = _shown(self.field)
+        return f"{field}: found {_shown(found)}; allowed: {self.allowed}. {self.action}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MOST else f"{text[:MOST]}... ({len(text):,} characters)"
 
 
 class PlanError(FedgraftError):

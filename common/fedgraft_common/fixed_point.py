@@ -24,6 +24,10 @@ within exp(+- 1e-60) for each value and an event of probability `failure`:
     which adds (1 + exp(epsilon)) `failure` to delta in each step: far below the millionth of
     delta that `mechanism.step_noise` sets aside (`RESERVED`, checked).
 
+Not in this bound: x is a float32 sum of m clipped gradients, and one unit may change its rounding
+as well, by at most about 2 m^2 2^-24 C (Higham 2002, section 4.2, any order of summation): 2.4e-4 C
+at m = 45. The local mechanism has the same.
+
 So the account's event (q, sigma, T) stays what it was, with the noise a little larger: by
 `overhead`: at most 0.2 % from rounding, and next to nothing from the disguise.
 

@@ -51,6 +51,8 @@ class StepNoise:
         event: what the site's account is charged for the steps of the whole run; None without
             DP.
         evaluation: what it is charged for the released evaluations; None if there are none.
+        start: what it is charged for the class means that its head starts with; None if it does
+            not.
     """
 
     sample_rate: float
@@ -59,14 +61,15 @@ class StepNoise:
     head_std: float
     event: SamplingEvent | None
     evaluation: SamplingEvent | None = None
+    start: SamplingEvent | None = None
 
     @property
     def events(self) -> list[SamplingEvent]:
-        """What the site's account is charged for the whole run: training, then evaluations."""
-        return [e for e in (self.event, self.evaluation) if e is not None]
+        """What the site's account is charged for the whole run: training, then what else."""
+        return [e for e in (self.event, self.evaluation, self.start) if e is not None]
 
     def epsilon(self, delta: float, steps: int | None = None) -> float:
-        """Epsilon after `steps` steps and every evaluation (default: the whole run).
+        """Epsilon after `steps` steps and every other release (default: the whole run).
 
         Infinite without DP.
         """
@@ -77,6 +80,18 @@ class StepNoise:
             return 0.0
         event = SamplingEvent(self.event.sample_rate, self.event.noise_multiplier, count)
         return epsilon([event, *self.events[1:]], delta)
+
+
+def against(plan: Plan) -> str:
+    """Whom a distributed plan's promise holds against, for people."""
+    colluders = plan.privacy.tolerated_colluders
+    if colluders:
+        some = "any one other site" if colluders == 1 else f"any {colluders} other sites"
+        return f"the server and {some}, also if they work together"
+    return (
+        "the server only, and not the other sites: each knows its own noise share "
+        "(privacy.tolerated_colluders = 0)"
+    )
 
 
 def sample_rate(plan: Plan, nominal_size: int, site: str) -> float:
@@ -120,13 +135,13 @@ def noise_multiplier(plan: Plan, rate: float) -> float:
     Raises:
         PrivacyError: the promise cannot be met.
     """
-    evaluation = _evaluation(plan)
+    others = (_evaluation(plan), _start(plan))
     return calibrate_noise_multiplier(
         plan.privacy.epsilon,
         plan.privacy.delta * (1 - RESERVED if plan.secure else 1),
         rate,
         plan.steps,
-        prior=[evaluation] if evaluation else [],
+        prior=[event for event in others if event],
     )
 
 
@@ -134,6 +149,12 @@ def _evaluation(plan: Plan) -> SamplingEvent | None:
     if not plan.evaluations:
         return None
     return SamplingEvent(1.0, plan.evaluation.noise_multiplier, plan.evaluations)
+
+
+def _start(plan: Plan) -> SamplingEvent | None:
+    if plan.head.training != "prototype":
+        return None
+    return SamplingEvent(1.0, plan.head.start_noise, 1)
 
 
 def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
@@ -152,4 +173,5 @@ def step_noise(plan: Plan, nominal_size: int, site: str) -> StepNoise:
     shares = plan.noise_shares if plan.privacy.mechanism == "distributed" else 1
     event = SamplingEvent(rate, sigma, plan.steps)
     adapter_std = full / math.sqrt(shares)
-    return StepNoise(rate, plan.privacy.clipping_norm, adapter_std, full, event, evaluation)
+    norm = plan.privacy.clipping_norm
+    return StepNoise(rate, norm, adapter_std, full, event, evaluation, _start(plan))

@@ -28,7 +28,11 @@ def pack(record: ArrayRecord) -> ArrayRecord:
     """A record with one array that holds all arrays of `record`; an empty record stays empty."""
     if not record:
         return record
-    content = save({name: array.numpy() for name, array in record.items()})
+    return package(save({name: array.numpy() for name, array in record.items()}))
+
+
+def package(content: bytes) -> ArrayRecord:
+    """The record that carries these bytes, which `pack` made."""
     packed = ArrayRecord()  # its constructor would copy the Array
     packed[PACKAGE] = Array("uint8", (len(content),), STYPE, content)
     return packed

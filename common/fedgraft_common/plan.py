@@ -42,11 +42,19 @@ LATER_KEYS: dict[str, dict[str, Any]] = {
         "manifest_sha256": None, "weights": None, "options": {}, "preprocessing": {},
         "modality": "auto",
     },
-    "adapter": {"tokens": 8},
-    "training": {"class_weights": {}},
+    "adapter": {"tokens": 8, "start": None, "start_sha256": None},
+    "head": {"local_affine": False, "start_noise": 8.0, "prompt": "a photo of {}."},
+    "training": {
+        "class_weights": {}, "weight_decay": 0.0, "proximal": 0.0, "dropout": 0.0,
+        "alignment": 0.0,
+    },
     "privacy": {"secure_aggregation": "real"},
 }  # fmt: skip
 """Keys that came later, and their defaults: a plan without them keeps the hash it had."""
+LEAST_SITES = 3
+"""Of the distributed mechanism: of two, each knows the other's sum."""
+LATER_TABLES = ("augmentation",)
+"""Tables that came later; a plan with nothing in them keeps its hash, too."""
 SERVER_OPTIMIZERS = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 STRATEGIES = (*SERVER_OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 
@@ -147,20 +155,55 @@ class Adapter(Section):
         "linear and convolution layer (LoRA) or every normalisation layer (FiLM).",
     )
 
+    start: str | None = Field(
+        default=None,
+        description="Directory of an earlier run's adapter in PEFT's format, for the same backbone "
+        "and adapter: the run begins there instead of at zero. Every site and the server need it.",
+    )
+    start_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of its adapter_model.safetensors in hexadecimal; needed with `start`.",
+    )
+
     @field_validator("method")
     @classmethod
     def _one_name(cls, method: str) -> str:
         return "none" if method == "feature-extraction" else method
 
+    @model_validator(mode="after")
+    def _a_start_is_pinned(self) -> Adapter:
+        if (self.start is None) != (self.start_sha256 is None):
+            raise ValueError("start and start_sha256 go together: the hash decides, not the path")
+        return self
+
 
 class Head(Section):
     """The site's own output layer, which never leaves it."""
 
-    training: Literal["private", "fixed"] = Field(
+    training: Literal["private", "fixed", "prototype", "text"] = Field(
         default="fixed",
         description="During the federation: `private` trains a zero-initialised head under DP; "
-        "`fixed` uses a public simplex prototype. Either way the site refits it at home at the "
-        "end, without noise, and seals it.",
+        "`fixed` uses a public simplex prototype; `prototype` the site's own class means, released "
+        "once with noise, which is part of epsilon; `text` the names of the classes, read by a "
+        "backbone such as CLIP. Either way the site refits it at home at the end, without noise, "
+        "and seals it.",
+    )
+    start_noise: float = Field(
+        default=8.0,
+        gt=0,
+        description="Sigma of the release of class means (`prototype`): noise standard deviation "
+        "over the sensitivity, which is 1.",
+    )
+    prompt: str = Field(
+        default="a photo of {}.",
+        pattern=r"\{\}",
+        description="What is said of each class (`text`); {} stands for its name.",
+    )
+    local_affine: bool = Field(
+        default=False,
+        description="A scale and a shift for each feature that belong to the site and never leave "
+        "it, as site-local normalisation (Li et al. 2021, FedBN); trained like a private head.",
     )
     scale: float = Field(
         default=4.0,
@@ -203,10 +246,71 @@ class Training(Section):
     head_learning_rate: float = Field(
         default=1.0, gt=0, le=1e4, description="SGD step size of a privately trained head."
     )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Pull of adapter and private head towards where the run started, per step and "
+        "unit of step size. It looks at no record.",
+    )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Local mechanism with several steps in a round: pull of the adapter towards "
+        "where the round started, per step and unit of step size (Li et al. 2020, FedProx). It "
+        "looks at no record.",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of features that a step hides from the head, drawn for each record; "
+        "the check of gradients sees the same draws.",
+    )
+    alignment: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Weight of each record's squared distance from the backbone's public mean "
+        "features, in units of their spread; needs a backbone that states both.",
+    )
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e3)]] = Field(
         default_factory=dict,
         description="Weight of a class in the loss, by name; 1 for others. Public and the plan's: "
         "counted on a site's records, weights would tell how many it has of each.",
+    )
+
+
+class Augmentation(Section):
+    """Several views of each record, whose gradients are averaged before clipping; off by default.
+
+    They cost no privacy. `views` turns them on; magnitudes are the largest, and each view draws
+    between them and their negatives.
+    """
+
+    views: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="K: views of a record, itself among them; the cache grows as much. 1: none.",
+    )
+    flip: bool = Field(default=False, description="Images: mirror half of them left to right.")
+    shift: float = Field(
+        default=0.1, ge=0, le=0.5, description="Move, as a share of width, height or length."
+    )
+    rotate: float = Field(default=10.0, ge=0, le=180, description="Images: turn, in degrees.")
+    zoom: float = Field(default=0.1, ge=0, le=0.5, description="Images: larger or smaller, share.")
+    brightness: float = Field(
+        default=0.1, ge=0, le=1, description="Images: added to every pixel, which is in [0, 1]."
+    )
+    contrast: float = Field(
+        default=0.1, ge=0, le=1, description="Distance from the mean, or loudness, share."
+    )
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="Standard deviation, in the unit of the raw record; all there is for a table.",
     )
 
 
@@ -251,7 +355,10 @@ class Privacy(Section):
         default=0, ge=0, description="Sites that may be missing from a distributed step."
     )
     tolerated_colluders: int = Field(
-        default=0, ge=0, description="Sites whose noise share is assumed known to the server."
+        default=1,
+        ge=0,
+        description="Sites whose noise share whoever looks at the sums may know. Every site knows "
+        "its own, so with 0 the promise holds against the server and not against other sites.",
     )
 
 
@@ -436,6 +543,7 @@ class Plan(Section):
     adapter: Adapter = Adapter()
     head: Head = Head()
     training: Training = Training()
+    augmentation: Augmentation = Augmentation()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
     rounds: Rounds = Rounds()
@@ -465,6 +573,17 @@ class Plan(Section):
                 "training.sample_rate is missing: with the distributed mechanism every site must "
                 "compute the same noise, so the plan states the sample rate"
             )
+        if self.training.proximal and self.training.local_steps == 1:
+            raise ValueError(
+                f"training.proximal={self.training.proximal:g} does nothing with one step in a "
+                "round, which starts where it is drawn back to; use training.weight_decay, or 0"
+            )
+        pull = self.training.weight_decay + self.training.proximal
+        if pull * max(self.training.learning_rate, self.training.head_learning_rate) > 1:
+            raise ValueError(
+                f"training.weight_decay + proximal = {pull:g} times the step size is more than 1: "
+                "a step would go beyond where it is drawn to; lower one of them"
+            )
         if self.steps > MOST_STEPS:
             raise ValueError(
                 f"{self.steps} steps (rounds.count * training.local_steps) are more than "
@@ -474,14 +593,21 @@ class Plan(Section):
             raise ValueError(
                 "adapter.method='none' leaves nothing to aggregate; use an adapter, or stay alone"
             )
-        if self.adapter.method == "none" and self.head.training == "fixed":
+        if self.adapter.method == "none" and self.head.training != "private":
             raise ValueError(
-                "adapter.method='none' with head.training='fixed' leaves nothing to train"
+                f"adapter.method='none' with head.training={self.head.training!r} leaves nothing "
+                "to train"
             )
         sites, needed = self.aggregation.sites, self.aggregation.minimum_sites
         if sites is not None and needed > sites:
             raise ValueError(
                 f"aggregation.minimum_sites={needed} is more than the {sites} sites of the run"
+            )
+        if self.privacy.mechanism == "distributed" and sites is not None and sites < LEAST_SITES:
+            raise ValueError(
+                f"aggregation.sites={sites} is too few for the distributed mechanism, which needs "
+                f"at least {LEAST_SITES}: of two, each knows the other's sum; wait for more sites, "
+                "or use privacy.mechanism='local'"
             )
         for name in self.sites.label_sets:
             if name not in self.data.label_sets:
@@ -554,6 +680,9 @@ class Plan(Section):
             for key, default in keys.items():
                 if document[section][key] == default:
                     del document[section][key]
+        for table in LATER_TABLES:
+            if getattr(self, table) == type(getattr(self, table))():
+                del document[table]
         return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
     @cached_property

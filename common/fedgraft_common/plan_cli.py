@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -57,8 +58,27 @@ def check(
             f"{step.epsilon(plan.privacy.delta):.4f} at delta {plan.privacy.delta:g} with q "
             f"{step.sample_rate:g}, sigma {step.event.noise_multiplier:.4f}"
         )
+    if plan.privacy.mechanism == "distributed":
+        _print_promise(plan)
     if plan.secure:
         _print_integers(plan, values)
+
+
+def _print_promise(plan: Plan) -> None:
+    """Whom it holds against; and what another site could say, where it does not."""
+    from fedgraft_common.accounting import SamplingEvent, epsilon
+    from fedgraft_common.mechanism import against, noise_multiplier
+
+    typer.echo(f"promise     against {against(plan)}")
+    if plan.privacy.tolerated_colluders == 0:
+        rate, unknown = plan.training.sample_rate, plan.noise_shares - 1
+        assert rate is not None  # noqa: S101 - such a plan has one
+        weaker = noise_multiplier(plan, rate) * math.sqrt(unknown / plan.noise_shares)
+        steps = [SamplingEvent(rate, weaker, plan.steps)] if unknown else []
+        found = epsilon(steps, plan.privacy.delta) if steps else math.inf
+        typer.echo(
+            f"            WEAKER than usual: epsilon {found:.4f} against a site that sees the sums"
+        )
 
 
 def _print_integers(plan: Plan, length: int) -> None:
@@ -67,14 +87,14 @@ def _print_integers(plan: Plan, length: int) -> None:
     from fedgraft_common.fixed_point import fixed_point
 
     field = fixed_point(plan, length)
-    assert plan.training.sample_rate is not None  # noqa: S101 - such a plan has one
-    delta = plan.privacy.delta
-    second = discrete_epsilon(field, plan.training.sample_rate, plan.steps, delta)
+    rate, delta = plan.training.sample_rate, plan.privacy.delta
+    assert rate is not None  # noqa: S101 - such a plan has one
+    second = discrete_epsilon(field, plan.noise_shares, rate, plan.steps, delta)
     typer.echo(
         f"integers    {field.bits} bits, {field.scale:.0f} to one; noise of {field.shares} of "
         f"{field.sites} sites counts"
     )
-    typer.echo(f"            epsilon {second:.4f} by Rényi moments of the discrete noise (looser)")
+    typer.echo(f"            epsilon {second:.4f} of the discrete noise itself, training alone")
 
 
 @app.command()

@@ -63,8 +63,9 @@ in which answers and inputs come does not enter. The condition on d and c is che
 Not promised: that a sum comes out. More than d sites stop a round by staying away, one by dealing
 wrong shares at set-up, and few by answering with wrong ones (`_TRIES`); and a site can add what it likes to the sum by its input. Not
 promised either: anything about a server that also holds the CA's key and can invent sites or take
-their names, unless sites pin each other's keys (`Trust.pinned`); and secrecy of past rounds once
-states are stolen: a site's own state opens its own inputs, those of n - d sites everybody's.
+their names, beyond the c of them that sites who know each other's keys let pass
+(`fedgraft_client.peers`); and secrecy of past rounds once states are stolen: a site's own state
+opens its own inputs, those of n - d sites everybody's.
 Reasons and attacks: `deploy/decisions/0005-secure-aggregation.md`.
 """
 
@@ -351,6 +352,20 @@ class SecureSite:
         return shares
 
     # A round (figure 4, rounds 2 and 4).
+
+    def check_open(self, number: int) -> None:
+        """Refuses a round that a new input can have no place in, before one is computed.
+
+        Raises:
+            MessageError: the set-up is not complete or not for this round; the round, or a later
+                one, had an input; or its survivors were named.
+        """
+        self._ready_roster()
+        self._check_round(number)
+        if number in self._answered:
+            _refuse("masked input", f"round {number}", "a round that is not being unmasked yet")
+        if number <= self.last_masked:
+            _refuse("masked input", f"round {number}", f"a round after {self.last_masked}")
 
     def mask(self, number: int, values: Vector, context: bytes) -> Vector:
         """The masked input of a round: uniform to whoever does not know the masks.

@@ -27,10 +27,11 @@ from typing import Final, Self
 import numpy as np
 
 from fedgraft_common.errors import MessageError, PlanError
+from fedgraft_common.plan import LEAST_SITES
 from fedgraft_common.shamir import SHARE
 
 _MARK: Final = b"FgSA\x01"  # the last byte is the version
-_NAME: Final = re.compile(rb"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # as invite.SiteName
+NAME: Final = re.compile(rb"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # as invite.SiteName
 _SEAL: Final = 16  # bytes that authenticated encryption adds
 _MAX_SITES: Final = 10_000
 _MAX_ROUNDS: Final = 100_000
@@ -83,7 +84,7 @@ class Terms:
         for name, value, low, high in (
             ("rounds", self.rounds, 1, _MAX_ROUNDS),
             ("first round", self.first_round, 1, 1 << 62),
-            ("sites", n, 2, _MAX_SITES),
+            ("sites", n, LEAST_SITES, _MAX_SITES),
             ("dropouts", d, 0, n),
             ("colluders", c, 0, n),
             ("length", self.length, 1, _MAX_BYTES // 8),
@@ -529,7 +530,7 @@ def _parse_number(field: bytes) -> int:
 
 
 def _name(field: bytes) -> str:
-    if not _NAME.fullmatch(field):
+    if not NAME.fullmatch(field):
         raise _malformed("site name", repr(field[:64]), "lower-case letters, digits, hyphens")
     return field.decode("ascii")
 

@@ -1,9 +1,10 @@
 """What an auditor checks: that a server was given the means to open sums, and nothing else.
 
 Every answer carries a statement signed by the site: for this round it gave its share of the
-self-mask secret of each survivor and of the round key of each other site. The server keeps them;
-so does each site. An auditor who has the server's transcript alone trusts it to be complete; with
-statements from at least n - d sites as well, no opening that needed honest sites can be missing.
+self-mask secret of each survivor and of the round key of each other site. The server keeps them,
+and each site keeps its own in its ledger. An auditor who has the server's transcript alone trusts
+it to be complete; with statements from at least n - d sites as well, no opening that needed honest
+sites can be missing (`fedgraft ledger transcript`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
 from fedgraft_common.errors import FedgraftError, MessageError
@@ -35,6 +37,7 @@ class Fault(StrEnum):
     TWO_ANSWERS = "two-answers"  # a site spoke of two sets of survivors in a round
     TWO_SETS = "two-sets"  # the server named different survivors to different sites
     BOTH_SECRETS = "both-secrets"  # enough shares were given for both secrets of a site
+    LEDGER = "ledger"  # a site's ledger is not whole, or lacks an answer that the site gave
     TOO_FEW = "too-few-survivors"  # a sum over fewer than n - d sites
 
 
@@ -84,6 +87,24 @@ class Transcript:
                 pack_list([s.to_bytes() for s in self.statements]),
             ]
         )  # fmt: skip
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads what a server kept of one set-up: `set-up.bin` and `round-NNNNNN.bin`.
+
+        Raises:
+            MessageError: missing, or malformed.
+        """
+        try:
+            begun = cls.from_bytes((folder / "set-up.bin").read_bytes())
+            rounds = [path.read_bytes() for path in sorted(folder.glob("round-*.bin"))]
+        except OSError as error:
+            raise MessageError(
+                str(folder), error.strerror or str(error), "a folder with set-up.bin",
+                "Name a transcript-NNNNNN folder of the server's run.",
+            ) from None  # fmt: skip
+        said = [Statement.from_bytes(part) for content in rounds for part in unpack_list(content)]
+        return begun.with_statements(said)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -68,19 +67,16 @@ class Trust:
     """Whose certificates count.
 
     The CA is the federation operator's, and the operator runs the server: a server that misuses
-    the CA's key can issue a certificate in any name. `pinned` closes that: a peer whose key this
-    site knows, from the peer itself or from an earlier run, must still have it.
+    the CA's key can issue a certificate in any name. What a site does about that is another matter:
+    `fedgraft_client.peers`.
 
     Attributes:
         ca: the federation's.
         now: the time at which certificates must be valid, with time zone.
-        pinned: SHA-256 of the public key (`key_fingerprint`) by site name; a renewed certificate
-            keeps its key. Peers that are not in it are accepted on the CA's word.
     """
 
     ca: x509.Certificate
     now: dt.datetime
-    pinned: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -99,8 +95,7 @@ class Trust:
             certificate_der: what arrived.
 
         Raises:
-            IdentityError: not a valid client certificate of this CA for this name, or another key
-                than the pinned one.
+            IdentityError: not a valid client certificate of this CA for this name.
         """
         where = f"certificate of site {name}"
         try:
@@ -116,11 +111,6 @@ class Trust:
         check_validity(certificate, where, self.now)
         if not isinstance(key, ec.EllipticCurvePublicKey) or not is_on_curve(key, ec.SECP256R1):
             raise _distrust(where, "another kind of key", "an EC P-256 key")
-        pin = self.pinned.get(name)
-        if pin is not None and pin != key_fingerprint(key):
-            raise _distrust(
-                where, f"key {key_fingerprint(key)[:16]}", f"key {pin[:16]}, which this site knows"
-            )
         return key
 
 

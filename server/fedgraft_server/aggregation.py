@@ -94,10 +94,18 @@ class Aggregator:
         plan: the run.
         schema: the tensors that travel.
         signature: the operator's, on the plan; empty in a simulation.
+        initial: the adapter that the run started with, which weight decay draws back to.
     """
 
-    def __init__(self, plan: Plan, schema: tuple[TensorSpec, ...], signature: str = "") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        schema: tuple[TensorSpec, ...],
+        signature: str = "",
+        initial: Tensors | None = None,
+    ) -> None:
         self.plan = plan
+        self._initial = initial
         self.signature = signature
         self.schema = schema
         self.strategy = build_strategy(plan)
@@ -151,8 +159,13 @@ class Aggregator:
         sites = self.plan.aggregation.sites or len(sums)
         rate = self.plan.training.learning_rate * self.plan.step_scale(number)
         rate /= sites * self.plan.training.expected_batch
+        pull = self.plan.training.weight_decay * self.plan.training.learning_rate
+        pull *= self.plan.step_scale(number)
+        start = self._initial or adapter
         return {
-            name: value - rate * torch.stack([s[name] for s in sums]).double().sum(dim=0).float()
+            name: value
+            - rate * torch.stack([s[name] for s in sums]).double().sum(dim=0).float()
+            - pull * (value - start[name])
             for name, value in adapter.items()
         }
 

@@ -105,6 +105,7 @@ def _run(
 ) -> None:
     # Imports torch, for seconds; whoever looks after runs must see the lock before.
     from fedgraft_common.site_signature import Trust
+    from fedgraft_server.bell import Bells
     from fedgraft_server.federation import run_federation
     from fedgraft_server.metrics import FILE, RunMetrics
     from fedgraft_server.superlink_grid import SuperlinkGrid
@@ -113,7 +114,10 @@ def _run(
     if plan.privacy.mechanism == "distributed":  # as `usable_updates` wants it
         enough = max(enough, plan.noise_shares + plan.privacy.tolerated_colluders)
     metrics = RunMetrics(folder.path / FILE)
-    superlink = SuperlinkGrid(grid, sites, enough, on_reply=metrics.on_reply, names=names)
+    bells = Bells.of(folder.path.parent)  # of a server that has a gateway
+    superlink = SuperlinkGrid(
+        grid, sites, enough, on_reply=metrics.on_reply, names=names, bells=bells
+    )
     count = superlink.wait_for_sites(min(GATHERING, plan.rounds.deadline))
     log.info("%d of %d sites are connected", count, len(sites), extra={"action": "start"})
 

@@ -20,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedgraft_common.atomic import write_atomically
 from fedgraft_common.certificates import (
+    UNREADABLE,
     certificate_pem,
     check_validity,
     is_on_curve,
@@ -117,7 +118,7 @@ def requested_key(pem: str) -> ec.EllipticCurvePublicKey:
         key = request.public_key()
         if not request.is_signature_valid:
             raise InvalidSignature
-    except (ValueError, UnicodeEncodeError, InvalidSignature):
+    except UNREADABLE:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not is_on_curve(key, ec.SECP256R1):
         raise IdentityError(

@@ -120,7 +120,7 @@ class BackboneService:
     def get_manifest(self, content: bytes, context: Any) -> bytes:
         """The signed manifest that fits a ManifestRequest."""
         site = self._site(context)
-        request = _read(ManifestRequest, content, context)
+        request = _read(ManifestRequest, content, site, context)
         try:
             signed = self._library.find(request)
         except (BackboneError, OSError) as error:
@@ -134,7 +134,7 @@ class BackboneService:
     def get_blob(self, content: bytes, context: Any) -> Iterator[bytes]:
         """A file from an offset on, in chunks."""
         site = self._site(context)
-        request = _read(BlobRequest, content, context)
+        request = _read(BlobRequest, content, site, context)
         with self._stream(site, context), contextlib.ExitStack() as stack:
             try:
                 file = stack.enter_context(self._library.blob(request.sha256).open("rb", 0))
@@ -306,10 +306,12 @@ def serve(directory: _Directory, registry: Registry) -> contextlib.AbstractConte
     return serve_backbones(f"{shown}:{table.port}", tls, service, renewed)
 
 
-def _read(kind: Any, content: bytes, context: Any) -> Any:
+def _read(kind: Any, content: bytes, site: str, context: Any) -> Any:
     try:
         return read_request(kind, content)
     except MessageError as error:
+        facts = {"action": "backbone-refuse", "site": site}
+        LOG.warning("refused a request: %s", error, extra=facts)
         _abort(context, "INVALID_ARGUMENT", str(error))
 
 

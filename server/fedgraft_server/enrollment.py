@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedgraft_common.certificates import certificate_pem, is_on_curve, public_pem
+from fedgraft_common.certificates import UNREADABLE, certificate_pem, is_on_curve, public_pem
 from fedgraft_common.errors import IdentityError
 from fedgraft_server.asgi import (
     BodyLostError,
@@ -165,7 +165,7 @@ def _node_key(pem: str) -> str:
     """As Flower will compare it, whatever the white space it came with."""
     try:
         key = serialization.load_pem_public_key(pem.encode("ascii"))
-    except (ValueError, UnicodeEncodeError):
+    except UNREADABLE:
         key = None
     if key is None or not is_on_curve(key, ec.SECP384R1):
         raise IdentityError(

@@ -105,7 +105,7 @@ def run_federation(
         CheckpointError: the newest checkpoint is damaged or belongs to another plan.
     """
     model = adapted_backbone(plan, backbone)
-    aggregator = Aggregator(plan, model.schema, signature)
+    aggregator = Aggregator(plan, model.schema, signature, model.state())
     checkpoint = newest_checkpoint(directory, plan) or Checkpoint(0, model.state(), {})
     initial = model.state()
     aggregator.restore(checkpoint.strategy)

@@ -10,19 +10,24 @@ ASGI application stands in front of it. It
   number in the body against the node key;
 - forwards exactly nine calls, to paths of its own, with a chosen few headers;
 - refuses replies in another node's name, which Flower does not check;
-- limits size and rate.
+- limits size and rate;
+- holds a question for messages open until there is one, as long as the site says (`Prefer: wait`,
+  RFC 7240): the SuperLink would answer "nothing" at once, and asking it again costs it more than
+  anything else in a round.
 
 Refusals are JSON `{"error": ...}`: 403 who or what, 413 size, 429 rate, 503 SuperLink away.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -46,6 +51,7 @@ from fedgraft_server.asgi import (
     refuse,
     whole_body,
 )
+from fedgraft_server.bell import LISTEN, Bells
 from fedgraft_server.limits import TokenBucket
 from fedgraft_server.registry import Registry, Site
 from fedgraft_server.settings import Settings
@@ -67,7 +73,9 @@ FLEET_PATHS: Final = {f"/v1/fleet/{call}".encode(): f"/v1/fleet/{call}" for call
 RENEW: Final = b"/renew"
 WHOAMI: Final = b"/whoami"
 
+_PULL_MESSAGES: Final = b"/v1/fleet/pull-messages"
 _PUSH_MESSAGES: Final = b"/v1/fleet/push-messages"
+_PUSH_OBJECT: Final = b"/v1/fleet/push-object"
 _NODE_KEY: Final = b"flwr-public-key"
 _FORWARDED: Final = frozenset(
     {
@@ -86,8 +94,24 @@ _RETURNED: Final = frozenset(
 )
 _BUFFERED: Final = 256 * 1024  # bytes; larger bodies stream
 _MAX_RENEWAL: Final = 64 * 1024  # bytes
+_PREFER: Final = b"prefer"
+_MOMENT: Final = 0.25  # seconds after an answer until more is looked for though no bell has rung
+_MAX_WAIT: Final = 20.0  # seconds that a question is held at most; Flower's signature lasts 300
 
 Renew = Callable[[Site, str, str], x509.Certificate]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the SuperLink last said to a site's question for messages.
+
+    Attributes:
+        rung: the bell, before it was asked.
+        was_empty: whether there was none.
+    """
+
+    rung: int
+    was_empty: bool
 
 
 class Gateway:
@@ -100,6 +124,7 @@ class Gateway:
         url: the SuperLink's.
         renew: makes a new certificate for (site, the certificate it shows, its request; PEM).
         clock: seconds, monotonic.
+        bells: between the gateway and the runs; without them no question is held.
     """
 
     def __init__(
@@ -110,6 +135,7 @@ class Gateway:
         url: str,
         renew: Renew,
         clock: Callable[[], float] = time.monotonic,
+        bells: Bells | None = None,
     ) -> None:
         self._registry = registry
         self._settings = settings
@@ -121,6 +147,8 @@ class Gateway:
         self._buckets: dict[str, TokenBucket] = {}
         self._logged: dict[str, TokenBucket] = {}
         self._is_upstream_away = False
+        self._bells = bells
+        self._asked: dict[str, _Asked] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -191,7 +219,39 @@ class Gateway:
             body = _Streamed(receive, limit)
             if length is not None:
                 kept.append((b"content-length", str(length).encode()))
+        wait = _wait_of(headers) if path == _PULL_MESSAGES and self._bells is not None else 0.0
+        if wait and isinstance(body, bytes):
+            await self._hold(site, kept, body, wait, receive, send)
+            return
         await self._pass_on(site, path, kept, body, send)
+        if path == _PUSH_OBJECT and self._bells is not None:  # perhaps the last one of a reply
+            self._bells.answered.ring()
+
+    async def _hold(
+        self, site: Site, headers: Headers, body: bytes, wait: float, receive: Receive, send: Send
+    ) -> None:
+        """Asks the SuperLink for a message when there may be one, and at the end in any case."""
+        assert self._bells is not None  # noqa: S101 - the caller has looked
+        bell, end = self._bells.asked, self._clock() + wait
+        gone = asyncio.ensure_future(receive())  # the request is here: only a farewell can come
+        try:
+            while True:
+                last = self._asked.get(site.name)
+                if last is not None:
+                    until = end if last.was_empty else min(end, self._clock() + _MOMENT)
+                    while last.rung == bell.rung() and self._clock() < until:
+                        await asyncio.wait((gone,), timeout=LISTEN)
+                        if gone.done():  # a message that is handed out now would be lost
+                            return
+                rung, is_last = bell.rung(), self._clock() >= end
+                was_empty = await self._pass_on(
+                    site, _PULL_MESSAGES, headers, body, send, keep_empty=not is_last
+                )
+                self._asked[site.name] = _Asked(rung, was_empty)
+                if is_last or not was_empty:
+                    return
+        finally:
+            gone.cancel()
 
     async def _pass_on(
         self,
@@ -200,7 +260,13 @@ class Gateway:
         headers: Headers,
         body: bytes | _Streamed,
         send: Send,
-    ) -> None:
+        keep_empty: bool = False,
+    ) -> bool:
+        """Forwards a call and its answer; with `keep_empty`, not one without content.
+
+        Returns:
+            Whether the answer had no content and is no error.
+        """
         has_begun = False
         try:
             async with self._upstream.post(
@@ -216,6 +282,9 @@ class Gateway:
                     if name.lower() in _RETURNED
                 ]
                 status = response.status
+                is_empty = status == 200 and response.content_length == 0
+                if is_empty and keep_empty:
+                    return True
                 await send({"type": "http.response.start", "status": status, "headers": returned})
                 has_begun = True
                 async for chunk in response.content.iter_any():
@@ -228,11 +297,12 @@ class Gateway:
             if has_begun:  # uvicorn closes the connection; the site sees a broken answer
                 raise
             await refuse(send, 503, "the SuperLink does not answer; try again", last=True)
-            return
+            return False
         LOG.debug(
             "forwarded",
             extra={"action": "forward", "site": site.name, "path": path.decode(), "status": status},
         )
+        return is_empty
 
     async def _renew_certificate(
         self, site: Site, certificate: str, receive: Receive, send: Send
@@ -313,6 +383,12 @@ class _Streamed:
         except (BodyLostError, BodyTooLargeError) as error:
             self.error = error
             raise
+
+
+def _wait_of(headers: Headers) -> float:
+    """Seconds that a site wants its question to be held; 0 if it does not say."""
+    wish = dict(headers).get(_PREFER, b"").removeprefix(b"wait=")
+    return min(float(wish), _MAX_WAIT) if wish.isdigit() else 0.0
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Replies as they arrive, object by object: the only file here that knows Flower's Runtime calls.
+"""Replies as they arrive, object by object; knows Flower's Runtime calls, as `requests` does.
 
 A SuperLink announces a reply before its objects are there. Flower's own `pull_messages` then waits
 a second before it looks again, and as long as it takes (up to hours) before it hands over the other
@@ -37,6 +37,7 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
+from fedgraft_common.parcel import is_parcel, unwrap
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +77,18 @@ class Replies:
     Args:
         grid: Flower's `HttpGrid`; any other grid is asked through its public `pull_messages`.
         limits: what one reply may be.
+
+    Attributes:
+        able: nodes whose replies were parcels: they can open one.
     """
 
     def __init__(self, grid: Grid, limits: MessageLimits | None = None) -> None:
         self._grid = grid
         self._limits = limits or MessageLimits()
+        self.able: set[int] = set()
         self._arriving: dict[str, Arriving] = {}
         self._interrupted = False
+        self._complete_ones: list[str] = []  # whose objects the SuperLink may delete
         if isinstance(grid, HttpGrid):
             self._watch(grid._retry_invoker)
 
@@ -114,6 +120,17 @@ class Replies:
         for name, arriving in list(self._arriving.items()):
             if arriving.node == node:
                 del self._arriving[name]
+
+    def tidy(self) -> None:
+        """Lets the SuperLink delete what has come; call it when nobody waits for this process."""
+        while self._complete_ones and isinstance(self._grid, HttpGrid):
+            self._grid._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=self._grid.node,
+                    run_id=self._grid.run.run_id,
+                    message_object_id=self._complete_ones.pop(),
+                )
+            )
 
     def _watch(self, retry: RetryInvoker) -> None:
         """Notes when a call was repeated; and repeats soon: the SuperLink is on this machine."""
@@ -163,9 +180,7 @@ class Replies:
             if arriving.room < 0:
                 arriving.contents.clear()
                 arriving.missing.clear()
-        client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=name)
-        )
+        self._complete_ones.append(name)
         del self._arriving[name]
         try:
             return self._inflated(name, arriving)
@@ -176,7 +191,12 @@ class Replies:
     def _inflated(self, name: str, arriving: Arriving) -> Message:
         if arriving.room < 0:
             raise too_large(self._limits)
-        reply = inflate_message(name, arriving.contents, self._limits)
+        own = arriving.contents.get(name, b"")
+        if is_parcel(own):
+            self.able.add(arriving.node)
+            reply = unwrap(name, own, self._limits)
+        else:
+            reply = inflate_message(name, arriving.contents, self._limits)
         # A site writes what is inside; whom it comes from, gateway and SuperLink have checked.
         for fact in ("src_node_id", "reply_to_message_id", "run_id"):
             if getattr(reply.metadata, fact) != getattr(arriving.announced.metadata, fact):

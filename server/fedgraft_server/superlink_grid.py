@@ -1,9 +1,9 @@
 """The grid of a real run: the plan's sites, their replies as they arrive, and a deadline.
 
 Flower's grid looks for replies every three seconds and addresses whoever is connected. This one
-looks more often while replies are expected, addresses the sites of the run and nobody else, and
-asks a site again that went away with its request: a site answers the same request with the same
-bytes, so asking twice costs neither privacy nor work.
+looks when the gateway says that a reply came, and more often while replies are expected, addresses
+the sites of the run and nobody else, and asks a site again that went away with its request: a site
+answers the same request with the same bytes, so asking twice costs neither privacy nor work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from flwr.supercore.run import Run
 from fedgraft_common.errors import MessageError
 from fedgraft_common.messages import ADAPTER, SecureStep
 from fedgraft_common.packing import is_packed, pack, unpack
+from fedgraft_server.bell import LISTEN, Bells
 from fedgraft_server.replies import Replies
+from fedgraft_server.requests import Requests
 
 log = logging.getLogger(__name__)
 ONLINE: Final = "online"
@@ -38,6 +40,7 @@ class Patience:
     Attributes:
         poll: between two looks for replies in the first seconds of a round.
         idle: between two looks at most.
+        heard: between two looks, where a gateway rings when a reply came.
         share: part of the time since the last reply that may pass between two looks.
         census: between two looks at which sites are connected.
         again: after which a connected site whose request was lost is asked again.
@@ -49,15 +52,16 @@ class Patience:
 
     poll: float = 0.05
     idle: float = 2.0
+    heard: float = 0.5
     share: float = 0.01
     census: float = 2.0
     again: float = 5.0
     absence: float = 60.0
     linger: float = 2.0
 
-    def look(self, quiet: float) -> float:
+    def look(self, quiet: float, has_bell: bool = False) -> float:
         """Seconds until the next look, when nothing came for `quiet` seconds."""
-        return min(max(self.share * quiet, self.poll), self.idle)
+        return min(max(self.share * quiet, self.heard if has_bell else self.poll), self.idle)
 
 
 @dataclass(slots=True)
@@ -93,6 +97,7 @@ class SuperlinkGrid(Grid):
         sleep: waits.
         on_reply: told about each reply, once.
         names: of sites, by node id; learned as they connect.
+        bells: between the gateway and the runs of this server, if there is a gateway.
     """
 
     def __init__(
@@ -105,8 +110,10 @@ class SuperlinkGrid(Grid):
         sleep: Callable[[float], None] = time.sleep,
         on_reply: Callable[[Message], None] = lambda _: None,
         names: dict[int, str] | None = None,
+        bells: Bells | None = None,
     ) -> None:
         self._grid = grid
+        self._bells = bells
         self._names = {} if names is None else names
         self._on_reply = on_reply
         self._sites = frozenset(sites)
@@ -114,7 +121,10 @@ class SuperlinkGrid(Grid):
         self._patience = patience or Patience()
         self._clock = clock
         self._sleep = sleep
+        self._requests = Requests(grid)
         self._replies = Replies(grid)
+        self._connected: dict[int, str] = {}
+        self._looked = float("-inf")  # clock at the last look at who is connected
         self._away: set[int] = set()  # sites that a round went on without; until they are back
         self._silent: set[int] = set()  # connected, and yet waited for in vain; until they reply
 
@@ -173,7 +183,10 @@ class SuperlinkGrid(Grid):
                     "Name the site in the run, or leave it alone.",
                 )  # fmt: skip
         _pack(batch)
-        return list(self._grid.push_messages(batch)) if batch else []
+        names = self._requests.push(batch, self._replies.able) if batch else []
+        if self._bells is not None:
+            self._bells.asked.ring()
+        return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The complete replies to these messages, adapters unpacked."""
@@ -210,11 +223,13 @@ class SuperlinkGrid(Grid):
         owing = {message.metadata.dst_node_id: Asked(message) for message in messages}
         connected = self._census()
         self._ask(owing, connected, end)
-        replied, looked = 0, start
+        self._replies.tidy()
+        replied = 0
         heard = seen = start  # last reply; last time that a site which owes one was connected
         had_enough = float("inf")  # clock at the reply that made it enough
         is_quick = all(a.message.metadata.message_type in QUICK for a in owing.values())
         while owing:
+            rung = self._rung()
             for reply in self.pull_messages({name for a in owing.values() for name in a.ids}):
                 node = self._accept(reply, owing)
                 if node is None:
@@ -230,8 +245,8 @@ class SuperlinkGrid(Grid):
             if self._replies.was_interrupted():
                 for asked in owing.values():
                     asked.lost = True
-            if now - looked >= self._patience.census:
-                looked, connected = now, self._census()
+            if now - self._looked >= self._patience.census:
+                connected = self._census()
                 self._ask(_lost(owing, connected, now - self._patience.again), connected, end)
             if owing.keys() & connected.keys():
                 seen = now
@@ -243,18 +258,33 @@ class SuperlinkGrid(Grid):
                 now - had_enough >= patience
             ):
                 break
-            self._sleep(min(self._patience.look(now - heard), max(end - now, 0.0)))
+            pause = self._patience.look(now - heard, has_bell=rung > 0)
+            self._rest(min(pause, max(end - now, 0.0)), rung)
         if owing:
             self._away |= owing.keys() - connected.keys()
             if self._clock() >= end:
                 self._silent |= owing.keys() & connected.keys()
             log.warning("no reply from nodes %s", sorted(owing), extra={"action": "deadline"})
 
+    def _rung(self) -> int:
+        return 0 if self._bells is None else self._bells.answered.rung()
+
+    def _rest(self, seconds: float, rung: int) -> None:
+        """Sleeps, or until the bell that was heard before is rung again."""
+        if self._bells is None:
+            self._sleep(seconds)
+            return
+        end = self._clock() + seconds
+        while self._rung() == rung and (left := end - self._clock()) > 0:
+            self._sleep(min(left, LISTEN))
+
     def _census(self) -> dict[int, str]:
-        """When each connected site had last connected."""
-        found = {node.node_id: node.last_activated_at for node in self.get_nodes()}
-        self._away -= found.keys()
-        return found
+        """When each connected site had last connected; as of a moment ago."""
+        if self._clock() - self._looked >= self._patience.census:
+            self._looked = self._clock()
+            self._connected = {n.node_id: n.last_activated_at for n in self.get_nodes()}
+            self._away -= self._connected.keys()
+        return self._connected
 
     def _ask(self, owing: dict[int, Asked], connected: dict[int, str], end: float) -> None:
         """Sends every request of `owing`; each copy expires at the deadline."""

@@ -22,6 +22,7 @@ from fedgraft_server.authority import (
     check_own_certificates,
     renew_server_certificates,
 )
+from fedgraft_server.bell import Bells
 from fedgraft_server.continuation import Continuation
 from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.gateway import Gateway, upstream_session
@@ -76,7 +77,10 @@ async def serve(
         enrollment = Enrollment(
             registry, settings, authority, operator_key, now, on_join=joined.set
         )
-        gateway = Gateway(registry, settings, upstream, superlink.url, enrollment.renew)
+        gateway = Gateway(
+            registry, settings, upstream, superlink.url, enrollment.renew,
+            bells=Bells.of(directory.runs),
+        )  # fmt: skip
         sites = listener(gateway, directory.server, directory.ca[0], table.max_connections)
         joining = listener(enrollment, directory.server, None, _JOIN_CONNECTIONS)
 

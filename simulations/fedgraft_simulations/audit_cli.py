@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from fedgraft_common.plan import Plan
+    from fedgraft_simulations.audit.part import AuditContext
     from fedgraft_simulations.audit.report import Audit
 
 app = typer.Typer(help="Check and attack a plan; a signed report says what holds.")
@@ -46,7 +46,15 @@ def audit(
     ] = None,
     site: Annotated[
         Path | None,
-        typer.Option(help="That site's site.toml: its policy is held against the ledger."),
+        typer.Option(help="That site's site.toml: its policy, and what it says about its data, "
+                     "are held against the ledger."),
+    ] = None,
+    witness: Annotated[
+        Path | None,
+        typer.Option(help="That ledger's witness, or an earlier export: shows a cut end."),
+    ] = None,
+    site_key: Annotated[
+        str | None, typer.Option(help="That site's public key as you know it, in hexadecimal.")
     ] = None,
     self_test: Annotated[
         bool,
@@ -89,8 +97,11 @@ def audit(
         return
     from fedgraft_client.account import read_ledger
     from fedgraft_client.ledger_key import signing_key
+    from fedgraft_client.site_file import load_site_file
     from fedgraft_common.errors import PlanError
     from fedgraft_common.plan import load_plan
+    from fedgraft_simulations.audit.ledger import read_copy
+    from fedgraft_simulations.audit.part import AuditContext
     from fedgraft_simulations.audit.parts import PARTS
     from fedgraft_simulations.audit.report import write_audit
 
@@ -110,8 +121,16 @@ def audit(
         plan = plan.replace({"aggregation.sites": plan.sites.count})
     else:  # the federation says how many sites it has; the rehearsal has as many
         plan = plan.replace({"sites.count": plan.aggregation.sites})
+    for option, value in (("--witness", witness), ("--site-key", site_key)):
+        if value is not None and ledger is None:
+            raise PlanError(
+                option, str(value), "an option of --ledger",
+                "It is held against a site's ledger; name the export with --ledger.",
+            )  # fmt: skip
     if ledger is not None:
         read_ledger(ledger)  # what is none is refused before anything runs
+    if witness is not None:
+        read_copy(witness)
     about_plan = plan_file is not None or bool(changes) or chosen not in (("ledger",), ())
     about_plan = about_plan or (chosen == ("ledger",) and ledger is None)
     directory = (
@@ -121,10 +140,11 @@ def audit(
     signer = signing_key(key or Path(typer.get_app_dir("fedgraft")) / "auditor.key", True, False)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="fedgraft-audit-") as scratch:
-        found = _run(
-            plan, chosen, evidence or Path(scratch), ledger, site, self_test, seed, effort, device,
-            console,
+        context = AuditContext(
+            plan, evidence or Path(scratch), seed, effort, ledger,  # type: ignore[arg-type]
+            load_site_file(site) if site else None, witness, site_key, device,
         )  # fmt: skip
+        found = _run(context, chosen, self_test, console)
     if not about_plan:
         found = replace(found, plan=None, claim=None)
     write_audit(found, directory, signer)
@@ -162,19 +182,14 @@ def _chosen(
 
 
 def _run(
-    plan: Plan, chosen: tuple[str, ...], scratch: Path, ledger: Path | None, site: Path | None,
-    with_self_test: bool, seed: int, effort: Any, device: str, console: Console,
-) -> Audit:  # fmt: skip
+    context: AuditContext, chosen: tuple[str, ...], with_self_test: bool, console: Console
+) -> Audit:
     """Runs parts and self-test, with a bar for each."""
-    from fedgraft_client.site_file import load_site_file
-    from fedgraft_simulations.audit.part import AuditContext
     from fedgraft_simulations.audit.parts import load_part, run_part
     from fedgraft_simulations.audit.report import Audit
     from fedgraft_simulations.audit.selftest import self_test
 
     started = time.perf_counter()
-    policy = load_site_file(site).policy if site else None
-    context = AuditContext(plan, scratch, seed, effort, ledger, policy, device)
     every = [load_part(name) for name in chosen]
     results, tested = [], None
     with Progress(
@@ -195,20 +210,25 @@ def _run(
 
             results.append(run_part(part, context, told))
             progress.update(task, completed=1.0, what=results[-1].verdict)
+            if not console.is_terminal:  # a log has no bar
+                found = results[-1]
+                console.print(f"{found.name}: {found.verdict}, {found.seconds:.0f} s")
         if with_self_test:
             task = progress.add_task("self-test", total=1.0, what="")
 
             def tell(done: float, what: str) -> None:
                 progress.update(task, completed=done, what=what[:36])
+                if not console.is_terminal:
+                    console.print(f"self-test, {done:.0%} done, next {what}", highlight=False)
 
-            tested = self_test(scratch / "self-test", seed, progress=tell)
+            tested = self_test(context.directory / "self-test", context.seed, progress=tell)
     return Audit(
-        plan=plan if every else None,
+        plan=context.plan if every else None,
         claim=context.claim if every else None,
         parts=tuple(results),
         self_test=tested,
-        seed=seed,
-        effort=effort,
+        seed=context.seed,
+        effort=context.effort,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - started,
     )
@@ -239,7 +259,7 @@ def _print(found: Audit) -> None:
         for column in ("planted bug", "ledger", "egress", "mechanism"):
             table.add_column(column)
         for case in found.self_test.bugs:
-            cells = (", ".join(case.caught.get(part, ())) or "–" for part in
+            cells = ("; ".join(case.caught.get(part, ())) or "–" for part in
                      ("ledger", "egress", "mechanism"))  # fmt: skip
             table.add_row(case.name if case.alarm else f"{case.name} (MISSED)", *cells)
         console.print(table, highlight=False)

@@ -61,6 +61,14 @@ def simulate(
             envvar="FEDGRAFT_OUT",
         ),
     ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Start from the adapter of this earlier run, e.g. runs/digits, and "
+            "say what its sites' tasks have lost.",
+        ),
+    ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="Repeat with this many seeds, from the plan's on.")
     ] = 1,
@@ -89,13 +97,19 @@ def simulate(
     from fedgraft_simulations.table import site_table, summary_table
 
     plan = load_plan(plan_file or PLANS / "digits.toml", changes or ())
+    earlier = None
+    if after is not None:
+        from fedgraft_simulations.continual import earlier_run, on_top_of
+
+        earlier = earlier_run(after)
+        plan = on_top_of(plan, earlier)
     chosen = tuple(row.strip() for row in rows.split(","))
     for row in chosen:
         if row not in TITLES:
             raise PlanError("--rows", row, ", ".join(TITLES), "Name rows of the table.")
     if engine not in ("local", "flower"):
         raise PlanError("--engine", engine, "local, flower", "Choose one of these.")
-    variant = f"{plan.name}-{plan.hash[:8]}" if changes else plan.name
+    variant = f"{plan.name}-{plan.hash[:8]}" if changes or after else plan.name
     directory = out or Path("runs") / variant
     quiet = Console(stderr=True)
     with Progress(
@@ -133,6 +147,12 @@ def simulate(
     console.print(site_table(study))
     console.print(summary_table(study))
     console.print(study.verdict, highlight=False)
+    if earlier is not None and plan.privacy.mechanism in chosen:
+        from fedgraft_simulations.continual import forgetting
+        from fedgraft_simulations.table import forgetting_table
+
+        adapter = directory / f"seed-{plan.seed}" / plan.privacy.mechanism / "adapter"
+        console.print(forgetting_table(earlier.plan, forgetting(earlier, adapter, device)))
     quiet.print(
         f"{time.perf_counter() - started:.0f} s. Report: {directory / 'report.html'}; "
         f"adapter: {directory / f'seed-{plan.seed}' / plan.privacy.mechanism / 'adapter'}",

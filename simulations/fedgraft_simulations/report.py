@@ -280,7 +280,8 @@ def bytes_chart(study: Study, width: int) -> Any:
     for number, row in enumerate(rows):
         look = _look(row.key)
         axes.barh([number], [row.bytes_per_round], color=look.colour, height=0.55)
-        text = bytes_words(row.bytes_per_round) if row.bytes_per_round else "nothing leaves"
+        nothing = "all records, once" if row.key.startswith("central") else "nothing leaves"
+        text = bytes_words(row.bytes_per_round) if row.bytes_per_round else nothing
         axes.annotate(
             text, (row.bytes_per_round, number), xytext=(6, 0), textcoords="offset points",
             va="center", color=INK if row.bytes_per_round else MUTED,
@@ -354,7 +355,8 @@ def _above(axes: Any, text: str) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(known), max(known)
     margin = max(0.02, 0.08 * (high - low))
     return max(0.0, low - margin), min(1.0 + margin / 3, high + margin)
 

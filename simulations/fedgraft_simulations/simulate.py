@@ -23,6 +23,7 @@ from fedgraft_client.prefix import Cached
 from fedgraft_client.refit import refit_head
 from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
+from fedgraft_client.tasks import Task
 from fedgraft_client.tasks.alignment import aligned
 from fedgraft_common.errors import CheckpointError, MessageError
 from fedgraft_common.files import write_atomically
@@ -118,7 +119,7 @@ def simulate(
     plan = plan.replace({"aggregation.sites": plan.sites.count})
     _refuse_other_data(plan, directory / "data.json")
     sites = SimulatedSites(plan, directory / "sites", device)
-    measured = _measured(sites, plan)
+    measured = measured_sites(sites, plan)
     run = _Run(plan, directory, sites, measured, engine, device, progress or Silent())
     for key in rows:  # refuse a row that cannot run before the first one runs
         if key.startswith("central"):
@@ -156,7 +157,8 @@ def _refuse_other_data(plan: Plan, file: Path) -> None:
     write_atomically(file, tables.encode(), durable=False)
 
 
-def _measured(sites: SimulatedSites, plan: Plan) -> list[Measured]:
+def measured_sites(sites: SimulatedSites, plan: Plan) -> list[Measured]:
+    """The sites of a plan with what each is measured on; a test set they share is kept once."""
     caches: dict[tuple[int, int], Cached] = {}  # a test set that all sites share is cached once
     found = []
     for site, share in zip(sites.all(), sites.shares(), strict=True):
@@ -343,11 +345,19 @@ class _Run:
     def _score(self, m: Measured, head: LinearHead, features: torch.Tensor) -> float:
         """The score that the table compares, on a site's test records."""
         with torch.no_grad():
-            scores = head.task.scores(head.cpu()(features), m.labels)
-        wanted = self.plan.data.score
-        name = wanted if wanted in scores else head.task.primary
+            outputs = head.cpu()(features)
+        name, found = score_of(head.task, outputs, m.labels, self.plan.data.score)
         self._names.add(name)
-        return scores[name]
+        return found
+
+
+def score_of(
+    task: Task, outputs: torch.Tensor, labels: torch.Tensor, wanted: str
+) -> tuple[str, float]:
+    """Name and value of the score that is wanted, or of the task's own if it has no such one."""
+    scores = task.scores(outputs, labels)
+    name = wanted if wanted in scores else task.primary
+    return name, scores[name]
 
 
 def variant(plan: Plan, mechanism: Mechanism) -> Plan:

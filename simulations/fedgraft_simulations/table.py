@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedgraft_common.mechanism import against
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.comparison import Row, Study, Summary
+
+if TYPE_CHECKING:  # which loads the whole simulation
+    from fedgraft_simulations.continual import Kept
 
 SHORT_TITLES = {
     "alone-head": "alone, head",
@@ -30,6 +35,7 @@ SHORT_TITLES = {
     "central-none": "pooled",
 }
 NOT_APPLICABLE = "–"
+MOST_ROWS_BESIDE_NOISE = 5  # in 80 columns
 
 Range = tuple[float, float]
 
@@ -100,8 +106,8 @@ def title_of(score: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage without its sign."""
-    return NOT_APPLICABLE if share is None else f"{share * 100:.1f}"
+    """A share in [0, 1] as a percentage without its sign; a dash for None and NaN."""
+    return NOT_APPLICABLE if share is None or math.isnan(share) else f"{share * 100:.1f}"
 
 
 def accuracy_words(summary: Summary, seeds: int) -> str:
@@ -212,7 +218,8 @@ def _trust(study: Study) -> str:
     honest = sites - privacy.tolerated_dropouts - privacy.tolerated_colluders
     return (
         "Distributed: each site adds a share of the noise, and only the sum over sites is "
-        f"private. Against the server, the promise rests on h = {honest} of {sites} sites being "
+        f"private. The promise is against {against(comparison.plan)}. It rests on h = {honest} of "
+        f"{sites} sites being "
         f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
         "colluders tolerated) and on secure aggregation, which reveals only the sum. " + carried
     )
@@ -259,30 +266,60 @@ def summary_table(study: Study) -> Table:
 
 
 def site_table(study: Study) -> Table:
-    """Every site: records, sample rate, noise, epsilon, accuracy per row, in 80 columns."""
+    """Every site: records, sample rate, noise, epsilon, accuracy per row, in 80 columns.
+
+    With the rows of the pool there is no room, so q, sigma and epsilon are said below the table.
+    """
     plan = study.comparisons[0].plan
-    promise = "no DP" if plan.privacy.mechanism == "none" else (
-        f"epsilon at delta {delta_words(plan.privacy.delta)}"
-    )  # fmt: skip
-    caption = (
-        f"{title_of(study.score)} after the sealed refit, in %; {promise}; q and sigma of the "
-        "plan's mechanism."
-    )
-    table = _table(f"Plan {plan.name}: sites", caption, gap=1)
+    lines, roomy = site_lines(study), len(study.summaries) <= MOST_ROWS_BESIDE_NOISE
+    delta = delta_words(plan.privacy.delta)
+    if plan.privacy.mechanism == "none":
+        said = "no DP"
+    elif roomy:
+        said = f"epsilon at delta {delta}; q and sigma of the plan's mechanism"
+    else:
+        rate = range_words(extent(q for line in lines for q in line.sample_rate))
+        noise = range_words(extent(sigma for line in lines for sigma in line.noise_multiplier))
+        worst = epsilon_words(max(line.epsilon for line in lines))
+        said = f"the plan's mechanism: q {rate}, sigma {noise}, epsilon {worst} at delta {delta}"
+    caption = f"{title_of(study.score)} after the sealed refit, in %; {said}."
+    table = _table(f"Plan {plan.name}: sites", caption, gap=1 if roomy else 2)
     table.add_column("site", overflow="fold")
-    for heading in ("records", "q", "sigma", "epsilon"):
+    for heading in ("records", "q", "sigma", "epsilon") if roomy else ("records",):
         table.add_column(heading, justify="right", overflow="fold")
     for summary in study.summaries:
         table.add_column(short_title(summary).replace(", ", "\n"), justify="right", no_wrap=True)
-    for line in site_lines(study):
-        table.add_row(
-            Text(line.name),
-            range_words(line.train),
+    for line in lines:
+        privacy = (
             range_words(line.sample_rate),
             range_words(line.noise_multiplier),
             epsilon_words(line.epsilon),
+        )
+        table.add_row(
+            Text(line.name),
+            range_words(line.train),
+            *(privacy if roomy else ()),
             *(percent(line.accuracy[summary.key]) for summary in study.summaries),
         )
+    return table
+
+
+def forgetting_table(plan: Plan, kept: Sequence[Kept]) -> Table:
+    """What the sites of an earlier run have lost: their own score before and after, in %."""
+    caption = (
+        "Each old site's own score in %, on its held-out records: with the old adapter, with the "
+        "new one and the head as it was sealed, and with the head refitted to the new one."
+    )
+    table = _table(f"Plan {plan.name}, looked at again", caption, gap=2)
+    table.add_column("site")
+    for heading in ("before", "new adapter,\nold head", "refitted", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in kept:
+        numbers = (one.before, one.after, one.refitted, one.forgotten)
+        table.add_row(Text(one.site), *(f"{value * 100:.1f}" for value in numbers))
+    means = [fmean(v) for v in zip(*(
+        (k.before, k.after, k.refitted, k.forgotten) for k in kept), strict=True)]  # fmt: skip
+    table.add_row("mean", *(f"{value * 100:.1f}" for value in means), style="bold")
     return table
 
 

@@ -89,12 +89,26 @@ def test_a_site_file_holds_its_policy_against_the_ledger(
 ) -> None:
     site = tmp_path / "site.toml"
     site.write_text(
-        'classes = ["a", "b"]\n[data]\nsource = "x.npz"\nnominal_size = 60\n'
+        'classes = ["a", "b"]\n[data]\nname = "x-rays"\nsource = "x.npz"\nnominal_size = 60\n'
         '[policy]\ntasks = ["ct-*"]\n'
     )
     outcome = audit("--ledger", str(exported), "--site", str(site), "--out", "report")
     assert outcome.code == 1
     assert "task xray" in outcome.out
+
+
+def test_a_cut_tail_shows_against_an_earlier_export(
+    audit: Audit, exported: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(exported.read_text().splitlines(keepends=True)[:-2]))
+    assert audit("--ledger", str(cut), "--out", "report").code == 0
+    outcome = audit("--ledger", str(cut), "--witness", str(exported), "--out", "report")
+    assert outcome.code == 1
+    assert "goes on to line 7" in outcome.out
+    outcome = audit("--ledger", str(exported), "--site-key", "ab" * 32, "--out", "report")
+    assert outcome.code == 1
+    assert "that you know" in outcome.out
 
 
 def test_a_report_that_was_altered_is_refused(audit: Audit, exported: Path, tmp_path: Path) -> None:
@@ -115,6 +129,7 @@ def test_a_report_that_was_altered_is_refused(audit: Audit, exported: Path, tmp_
         (["--verify", "nowhere"], "audit.json"),
         (["--part", "ledger", "nowhere.toml"], "no such file"),
         (["--part", "ledger", "--evidence", "."], "new or empty"),
+        (["--witness", "ledger.jsonl"], "--ledger"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -130,7 +145,7 @@ def test_bad_input_gets_one_line(
 def test_parts_of_a_plan_run_alone_and_keep_their_evidence(audit: Audit, tmp_path: Path) -> None:
     outcome = audit(
         "--part", "egress,ledger", "--effort", "quick", "--set", "rounds.count=2",
-        "--set", "sites.count=2", "--evidence", "evidence", "--json",
+        "--set", "sites.count=3", "--evidence", "evidence", "--json",
     )  # fmt: skip
     assert outcome.code == 0, outcome.out + outcome.err
     report = json.loads(outcome.out)

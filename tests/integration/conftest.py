@@ -19,6 +19,7 @@ from fedgraft_client.identity import Identity, join
 from fedgraft_common.certificates import fingerprint
 from fedgraft_common.invite import Invite
 from fedgraft_server.authority import Authority, create
+from fedgraft_server.bell import Bells
 from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.gateway import Gateway, upstream_session
 from fedgraft_server.listener import Listener, bind, listener
@@ -179,7 +180,10 @@ def listening(federation: Federation) -> Iterator[Federation]:
                     registry, settings, Authority.load(directory),
                     directory.operator[0].read_text(), federation.clock,
                 )  # fmt: skip
-                gateway = Gateway(registry, settings, session, superlink.url, enrollment.renew)
+                gateway = Gateway(
+                    registry, settings, session, superlink.url, enrollment.renew,
+                    bells=Bells.of(federation.directory.runs),
+                )  # fmt: skip
                 served: list[tuple[Listener, socket.socket]] = [
                     (listener(app, certificate, ca, 100), sock)
                     for (app, certificate, ca), sock in zip(

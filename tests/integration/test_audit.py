@@ -16,7 +16,7 @@ from fedgraft_simulations.audit.part import AuditContext, PartResult
 from fedgraft_simulations.audit.plants import BUGS
 from fedgraft_simulations.audit.selftest import CHANGES, PLANS, self_test
 
-SMALL = {**CHANGES, "rounds.count": 6, "sites.count": 2}
+SMALL = {**CHANGES, "rounds.count": 6, "sites.count": 3}
 
 
 def small_plan(**changes: object) -> Plan:
@@ -48,7 +48,7 @@ def test_a_sound_plan_passes_and_equal_seeds_measure_the_same(tmp_path: Path) ->
 
 
 def test_tolerated_colluders_are_an_observer_of_their_own(tmp_path: Path) -> None:
-    changes = {"sites.count": 3, "privacy.tolerated_colluders": 1, "head.training": "fixed"}
+    changes = {"privacy.tolerated_colluders": 1, "head.training": "fixed"}
     result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
     assert failed(result) == set()
     found = result.facts
@@ -67,6 +67,17 @@ def test_the_local_mechanism_is_seen_site_by_site_over_several_steps(tmp_path: P
     assert "noise, single" in result.facts
 
 
+@pytest.mark.parametrize("mechanism", ["local", "distributed"])
+def test_what_a_plan_can_switch_on_is_audited_as_it_trains(tmp_path: Path, mechanism: str) -> None:
+    changes = {
+        "privacy.mechanism": mechanism, "augmentation.views": 2, "training.weight_decay": 0.1,
+        "training.dropout": 0.3, "training.alignment": 0.1, "head.local_affine": True,
+        "head.training": "prototype",
+    }  # fmt: skip
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
+    assert failed(result) == set()
+
+
 @pytest.mark.parametrize(
     ("name", "check"), [("noise divided twice", "noise, server"), ("no clipping", "clipping")]
 )
@@ -77,6 +88,50 @@ def test_a_planted_bug_is_caught(tmp_path: Path, name: str, check: str) -> None:
         result = MechanismPart().run(quick(plan, tmp_path), silent)
     assert result.verdict == "fail"
     assert check in failed(result)
+
+
+def test_a_step_too_many_and_an_evaluation_without_noise_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both leave everything that was tested before as it is: noise, sampling, every bound."""
+    from fedgraft_client import site
+
+    train_round = vars(site)["train_round"]
+
+    def twice(*arguments: object) -> object:
+        train_round(*arguments)
+        return train_round(*arguments)
+
+    monkeypatch.setattr(site, "train_round", twice)
+    monkeypatch.setattr(site, "noised", lambda counts, *_: counts)
+    changes = {
+        "privacy.mechanism": "local", "head.training": "fixed", "rounds.count": 3,
+        "evaluation.every": 1,
+    }  # fmt: skip
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path), silent)
+    found = {finding.name: finding.measured for finding in result.findings}
+    assert {"steps", "strength, evaluations"} <= failed(result)
+    assert found["steps"] == "6 batches at most, 3 planned, 3 charged at least"
+    assert found["strength, evaluations"] == "0.0% of it, 12 counts"
+
+
+def test_patients_are_canaries_with_all_their_records(tmp_path: Path) -> None:
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    file = tmp_path / "digits.npz"
+    images = (digits.images[:400] * (255 / 16)).astype(np.uint8)
+    np.savez(file, images=images, labels=digits.target[:400], page=np.arange(400) // 4)
+    changes = {
+        "privacy.unit": "page", "data.source": f"npz:{file}", "rounds.count": 3,
+        "evaluation.every": 1, "training.expected_batch": 5,
+    }  # fmt: skip
+    result = MechanismPart().run(quick(small_plan(**changes), tmp_path / "audit"), silent)
+    assert failed(result) == set()
+    found = {finding.name: finding.measured for finding in result.findings}
+    assert found["steps"] == "3 batches at most, 3 planned, 3 charged at least"
+    assert found["strength, evaluations"].endswith("12 counts")
 
 
 def test_sums_in_the_open_are_audited_like_masked_ones(tmp_path: Path) -> None:

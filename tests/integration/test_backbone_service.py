@@ -298,7 +298,14 @@ def test_another_signature_or_backbone_is_refused(library: Library, store: BlobS
     assert is_empty(store)
 
 
-def test_a_stranger_gets_nothing(library: Library, store: BlobStore) -> None:
+def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the service's log says."""
+    return [r.getMessage() for r in caplog.records if vars(r).get("action") == "backbone-refuse"]
+
+
+def test_a_stranger_gets_nothing(
+    library: Library, store: BlobStore, caplog: pytest.LogCaptureFixture
+) -> None:
     shelf, manifest = library
     revoked = AUTHORITY.issue("site-b")
     foreign = LoopbackAuthority().issue("site-a")
@@ -320,9 +327,10 @@ def test_a_stranger_gets_nothing(library: Library, store: BlobStore) -> None:
                 channel.unary_unary(GET_MANIFEST)(b"{}", timeout=5)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert is_empty(store)
+    assert len(refusals(caplog)) == 1  # the others did not get through the handshake
 
 
-def test_malformed_requests_are_refused(library: Library) -> None:
+def test_malformed_requests_are_refused(library: Library, caplog: pytest.LogCaptureFixture) -> None:
     shelf, manifest = library
     with running(shelf) as address, backbone_fetch._channel(address, CREDENTIALS) as channel:
 
@@ -334,6 +342,8 @@ def test_malformed_requests_are_refused(library: Library) -> None:
         for content in (b"", b"[]", b"\xff", b'{"sha256": "../../x"}', b'{"path": "/etc/passwd"}'):
             assert code(GET_BLOB, content) == "INVALID_ARGUMENT"
             assert code(GET_MANIFEST, content) == "INVALID_ARGUMENT"
+            assert len(refusals(caplog)) == 2 and "found 'a wrong" in refusals(caplog)[0]
+            caplog.clear()
         assert code(GET_MANIFEST, b"{}") == "NOT_FOUND"
         assert code(GET_MANIFEST, ManifestRequest(sha256="0" * 64).to_bytes()) == "NOT_FOUND"
         assert code(GET_BLOB, BlobRequest(sha256="0" * 64).to_bytes()) == "NOT_FOUND"

@@ -216,5 +216,5 @@ def test_ten_kills(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_hundred_kills(tmp_path: Path) -> None:
-    kills = disturb(tmp_path, count=120, pause=1.0, patience=60, rounds=40, longest=3600)
+    kills = disturb(tmp_path, count=100, pause=1.0, patience=60, rounds=40, longest=3600)
     assert min(kills.counts().values()) >= 5

@@ -78,7 +78,9 @@ from fedgraft_common.messages import (
     write_reply,
 )
 from fedgraft_common.packing import PACKAGE, STYPE, pack, unpack
+from fedgraft_common.parcel import wrap
 from fedgraft_common.plan import Plan, parse_plan
+from fedgraft_common.remembered import Remembered
 from fedgraft_server.authority import create
 from fedgraft_server.enrollment import Enrollment
 from fedgraft_server.federation import usable_updates
@@ -188,6 +190,7 @@ def _line() -> FleetConnection:
 def line(wire: Wire) -> FleetConnection:
     """The connection over that wire."""
     made = _line()
+    made._remembered, made._received, made._rebuilt = Remembered(), None, ""
     made._client._client = httpx.Client(transport=wire, timeout=5, verify=TLS)
     return made
 
@@ -300,6 +303,10 @@ def crafted_request(data: bytes) -> None:
     response = PullMessagesResponse(messages_list=[announced], message_object_trees=[tree])
     wire.answers["pull-messages"] = 200, response.SerializeToString()
     receive(wire)
+
+
+def crafted_requests() -> list[bytes]:
+    return [crafted_example(request_message()), wrap(request_message()) or b""]
 
 
 def refused(data: bytes) -> None:
@@ -465,7 +472,8 @@ def crafted_replies() -> list[bytes]:
         write_reply(asked, 1, Status.OK, record).content for record in (adapter, pack(adapter))
     ]
     contents.append(write_counts(asked, 1, Status.BUDGET).content)
-    return [crafted_example(_message(content, NODE, 1, "r1")) for content in contents]
+    made = [_message(content, NODE, 1, "r1") for content in contents]
+    return [crafted_example(message) for message in made] + [wrap(made[1]) or b""]
 
 
 @cache
@@ -506,7 +514,9 @@ class Upstream:
             yield b"ok"
 
         content = SimpleNamespace(iter_any=chunks)
-        yield SimpleNamespace(raw_headers=[(b"content-length", b"2")], status=200, content=content)
+        yield SimpleNamespace(
+            raw_headers=[(b"content-length", b"2")], status=200, content=content, content_length=2
+        )
 
 
 @cache
@@ -700,7 +710,7 @@ def backbone_examples() -> list[bytes]:
 
 TARGETS: Final = {
     "pulled": Target(pulled, pulled_examples),
-    "crafted_request": Target(crafted_request, lambda: [crafted_example(request_message())]),
+    "crafted_request": Target(crafted_request, crafted_requests),
     "refused": Target(refused, refused_examples),
     "package": Target(package, package_examples),
     "invite": Target(invite, invite_examples),

@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 import ssl
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgraft_client.identity import Identity
+from fedgraft_server.bell import Bells
 from fedgraft_server.gateway import _FORWARDED, FLEET_CALLS
 
 if TYPE_CHECKING:
@@ -219,7 +221,14 @@ def test_a_header_that_comes_twice(federation: Federation, north: Identity) -> N
     assert federation.upstream.seen == []
 
 
-def test_revocation_works_on_an_open_connection(federation: Federation, north: Identity) -> None:
+def logged(caplog: pytest.LogCaptureFixture, action: str) -> list[str]:
+    """What the gateway wrote about refusals of a kind."""
+    return [r.getMessage() for r in caplog.records if getattr(r, "action", "") == action]
+
+
+def test_revocation_works_on_an_open_connection(
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
     with Connection(federation, north) as connection:
         assert connection.ask(PULL)[0] == 200
         with federation.registry as registry:
@@ -227,10 +236,12 @@ def test_revocation_works_on_an_open_connection(federation: Federation, north: I
         status, body = connection.ask(PULL)
         assert (status, b"revoked on" in body) == (403, True)
         assert len(federation.upstream.seen) == 1
+    [line] = logged(caplog, "refuse-certificate")
+    assert "site north, revoked on" in line
 
 
 def test_a_certificate_of_the_ca_that_is_not_in_the_registry(
-    federation: Federation, north: Identity
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A copy of the CA's key is not enough."""
     from fedgraft_common.certificates import certificate_pem, read_private_key
@@ -244,6 +255,8 @@ def test_a_certificate_of_the_ca_that_is_not_in_the_registry(
     with Connection(federation, north) as connection:
         status, body = connection.ask(PULL)
         assert (status, b"registry does not know" in body) == (403, True)
+    [line] = logged(caplog, "refuse-certificate")
+    assert "registry does not know" in line
 
 
 def handshake(federation: Federation, context: ssl.SSLContext) -> bytes:
@@ -346,7 +359,7 @@ def test_old_tls_and_plain_text(
 
 
 def test_a_declared_size_above_the_limit_is_refused_unread(
-    federation: Federation, north: Identity
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Connection(federation, north) as connection:
         connection.http.putrequest("POST", PULL)
@@ -357,6 +370,7 @@ def test_a_declared_size_above_the_limit_is_refused_unread(
         assert (response.status, response.getheader("connection")) == (413, "close")
         assert b"more than 1048576 bytes" in response.read()
     assert federation.upstream.seen == []
+    assert logged(caplog, "limit-size") == [f"refused {PULL}: request too large"]
 
 
 def test_an_undeclared_size_is_counted_and_broken_off(
@@ -412,6 +426,81 @@ def test_a_client_that_leaves_in_the_middle(federation: Federation, north: Ident
     assert [request["path"].decode() for request in federation.upstream.seen] == [PULL]
 
 
+def hung(federation: Federation) -> Bells:
+    federation.directory.runs.mkdir(exist_ok=True)
+    return Bells.of(federation.directory.runs)
+
+
+def test_a_question_is_held_until_a_run_has_asked(federation: Federation, north: Identity) -> None:
+    bells, upstream = hung(federation), federation.upstream
+    upstream.answer = b""
+
+    def ask() -> None:
+        upstream.answer = b"a message"
+        bells.asked.ring()
+
+    later = threading.Timer(0.3, ask)
+    with Connection(federation, north) as connection:
+        later.start()
+        began = time.monotonic()
+        assert connection.ask(PULL, b"q", prefer="wait=8") == (200, b"a message")
+        assert 0.25 < time.monotonic() - began < 5
+        assert [(r["path"].decode(), r["body"]) for r in upstream.seen] == [(PULL, b"q")] * 2
+        assert b"prefer" not in {name for name, _ in upstream.seen[0]["headers"]}
+    later.join()
+
+
+def test_a_held_question_ends_and_costs_the_superlink_little(
+    federation: Federation, north: Identity
+) -> None:
+    bells = hung(federation)
+    federation.upstream.answer = b""
+    with Connection(federation, north) as connection:
+        began = time.monotonic()
+        assert connection.ask(PULL, prefer="wait=1") == (200, b"")
+        assert len(federation.upstream.seen) == 2  # at once, and at the end in case no bell hangs
+        assert connection.ask(PULL, prefer="wait=1") == (200, b"")
+        assert len(federation.upstream.seen) == 3
+        assert 2 <= time.monotonic() - began < 8
+        for wish in ("", "wait=", "wait=x", "wait=-1", "respond-async"):
+            assert connection.ask(PULL, prefer=wish) == (200, b"")
+        assert time.monotonic() - began < 9
+        federation.upstream.status = 412
+        bells.asked.ring()
+        assert connection.ask(PULL, prefer="wait=20")[0] == 412  # an error is told at once
+
+
+def test_no_message_is_fetched_for_a_site_that_has_left(
+    federation: Federation, north: Identity
+) -> None:
+    bells = hung(federation)
+    federation.upstream.answer = b""
+    with Connection(federation, north) as connection:
+        connection.http.request(
+            "POST", PULL, b"", {"flwr-public-key": node_key(north), "prefer": "wait=9"}
+        )
+        while not federation.upstream.seen:
+            time.sleep(0.01)
+    time.sleep(0.3)
+    federation.upstream.answer = b"a message"
+    bells.asked.ring()
+    time.sleep(0.3)
+    assert len(federation.upstream.seen) == 1
+
+
+def test_runs_hear_of_each_piece_of_a_reply(federation: Federation, north: Identity) -> None:
+    bells = hung(federation)
+    with Connection(federation, north) as connection:
+        assert connection.ask(PULL)[0] == 200
+        assert bells.answered.rung() == 0
+        heard = set()
+        for _ in range(2):
+            assert connection.ask("/v1/fleet/push-object", b"o")[0] == 200
+            heard.add(bells.answered.rung())
+        assert connection.ask(PULL)[0] == 200
+        assert len(heard | {bells.answered.rung()}) == 2
+
+
 def test_rate_limit_is_per_site(
     federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -442,12 +531,15 @@ def pushed(source: int, sender: int = 7) -> bytes:
     return content
 
 
-def test_nobody_speaks_in_anothers_name(federation: Federation, north: Identity) -> None:
+def test_nobody_speaks_in_anothers_name(
+    federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
     with Connection(federation, north) as connection:
         assert connection.ask("/v1/fleet/push-messages", pushed(7))[0] == 200
         assert connection.ask("/v1/fleet/push-messages", pushed(8))[0] == 400
         assert connection.ask("/v1/fleet/push-messages", b"\xff\xff")[0] == 400
     assert [request["body"] for request in federation.upstream.seen] == [pushed(7)]
+    assert len(logged(caplog, "refuse-message")) == 2
 
 
 def test_flowers_refusals_come_back_and_its_private_headers_do_not(

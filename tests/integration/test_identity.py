@@ -89,7 +89,7 @@ def test_flower_reads_the_node_key(federation: Federation) -> None:
 
 
 def test_a_site_signs_and_its_peers_know_the_signature(federation: Federation) -> None:
-    """Also after the certificate was renewed: the key stays, and with it what peers pinned."""
+    """Also after the certificate was renewed: the key stays, and with it what peers know."""
     north, south = federation.join("north"), federation.join("south")
     keys = [north.site_key()]
     federation.clock.ahead = 80 * DAY
@@ -97,9 +97,10 @@ def test_a_site_signs_and_its_peers_know_the_signature(federation: Federation) -
     assert renewed is not None
     keys.append(renewed.site_key())
     assert keys[0].certificate != keys[1].certificate
-    trust = south.trust(federation.clock(), {"north": key_fingerprint(keys[0].key.public_key())})
+    trust = south.trust(federation.clock())
     for key in keys:
         public = trust.check("north", key.certificate_der)
+        assert key_fingerprint(public) == key_fingerprint(keys[0].key.public_key())
         verify(public, "roster", b"text", key.sign("roster", b"text"), "north")
     with pytest.raises(IdentityError, match="certificate of site north"):
         trust.check("north", south.site_key().certificate_der)
@@ -153,9 +154,22 @@ def test_a_server_with_the_right_ca_certificate_but_not_its_own_from_it(
     join(invite.encode(), federation.home / "north", federation.clock)
 
 
+@pytest.mark.parametrize(
+    "answer", [b"[" * 60_000, b"no json", b"[]", b'{"ca": "-"}', b" " * 70_000]
+)
+def test_a_server_that_answers_something_else(federation: Federation, answer: bytes) -> None:
+    invite = Invite.decode(federation.invite("north"))
+    site = federation.join("south")
+    with impostor(federation, site, answer) as port:
+        elsewhere = invite.model_copy(update={"port": port}).encode()
+        with pytest.raises(IdentityError, match="the server's answer"):
+            join(elsewhere, federation.home / "north", federation.clock)
+    assert not (federation.home / "north").exists()
+
+
 @contextlib.contextmanager
-def impostor(federation: Federation, site: Identity) -> Iterator[int]:
-    """Serves /ca, with a site's certificate."""
+def impostor(federation: Federation, site: Identity, answer: bytes | None = None) -> Iterator[int]:
+    """Serves the CA's certificate, or something else, with a site's certificate."""
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -163,7 +177,7 @@ def impostor(federation: Federation, site: Identity) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"ca": ca}).encode()
+            body = json.dumps({"ca": ca}).encode() if answer is None else answer
             self.send_response(200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()

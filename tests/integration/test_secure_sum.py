@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from typer.testing import CliRunner
 
+from fedgraft_client import ledger_cli
+from fedgraft_client.account import export
 from fedgraft_client.app import client_app
 from fedgraft_client.entry import Kind
+from fedgraft_common.certificates import certificate_pem
 from fedgraft_common.errors import MessageError
 from fedgraft_common.fixed_point import FixedPoint
 from fedgraft_common.messages import ADAPTER, SecureStep, Status, Tensors, read_status
 from fedgraft_common.plan import Plan
-from fedgraft_common.secure_messages import Statement, unpack_list
 from fedgraft_common.secure_transcript import Transcript, check_transcript
 from fedgraft_server.federation import RoundSummary, run_federation
 from fedgraft_simulations.local_grid import LocalGrid
@@ -203,15 +208,9 @@ def test_each_answer_is_in_the_site_s_ledger_and_the_transcript_is_clean(
 ) -> None:
     run(plan, tmp_path)
     simulated = SimulatedSites(plan, tmp_path / "sites", "cpu")
-    folder = tmp_path / "server" / "transcript-000001"
-    transcript = Transcript.from_bytes((folder / "set-up.bin").read_bytes())
-    statements = [
-        Statement.from_bytes(part)
-        for path in sorted(folder.glob("round-*.bin"))
-        for part in unpack_list(path.read_bytes())
-    ]
-    assert len(statements) == SITES * ROUNDS
-    assert check_transcript(transcript.with_statements(statements), simulated.trust()) == []
+    transcript = Transcript.read(tmp_path / "server" / "transcript-000001")
+    assert len(transcript.statements) == SITES * ROUNDS
+    assert check_transcript(transcript, simulated.trust()) == []
     for site in simulated.all():
         entries = site.store.ledger.entries()
         steps = [(e.body["step"], e.body["round"]) for e in entries if e.kind is Kind.SECURE]
@@ -221,8 +220,48 @@ def test_each_answer_is_in_the_site_s_ledger_and_the_transcript_is_clean(
         ]  # fmt: skip
         charges = [e.body for e in entries if e.kind is Kind.RESERVE]
         assert {(c["mechanism"], c["shares"], c["colluders"]) for c in charges} == {
-            ("distributed", SITES, 0)
+            ("distributed", SITES - 1, 1)
         }
+
+
+def test_an_auditor_holds_the_transcript_against_the_ledgers(plan: Plan, tmp_path: Path) -> None:
+    """What a server leaves out is in the ledgers, and what a ledger lacks is in the transcript."""
+    run(plan, tmp_path)
+    simulated = SimulatedSites(plan, tmp_path / "sites", "cpu")
+    folder, ca = tmp_path / "server" / "transcript-000001", tmp_path / "ca.pem"
+    ca.write_bytes(certificate_pem(simulated.trust().ca))
+    exports = []
+    for site in simulated.all():
+        exports.append(tmp_path / f"{site.config.name}.jsonl")
+        exports[-1].write_text(export(site.store.ledger.entries()))
+
+    def audit(*ledgers: Path) -> tuple[int, dict[str, Any]]:
+        arguments = ["transcript", str(folder), *map(str, ledgers), "--ca", str(ca), "--json"]
+        result = CliRunner().invoke(ledger_cli.app, arguments)
+        return result.exit_code, json.loads(result.stdout)
+
+    code, found = audit(*exports)
+    assert (code, found["findings"]) == (0, [])
+    assert found["sites"] == sorted(site.config.name for site in simulated.all())
+    assert (found["answers"], found["left_out"]) == (SITES * ROUNDS, 0)
+    words = CliRunner().invoke(
+        ledger_cli.app, ["transcript", str(folder), str(exports[0]), "--ca", str(ca)]
+    )
+    assert "too few: ask more sites" in words.stdout and "faults     none" in words.stdout
+
+    (folder / "round-000002.bin").unlink()  # the server would rather not have asked
+    code, found = audit(*exports)
+    assert (code, found["answers"], found["left_out"]) == (0, SITES * ROUNDS, SITES)
+
+    cut = exports[0].read_text().splitlines(keepends=True)  # a site that forgot its last answer
+    exports[0].write_text("".join(cut[:-1]))
+    code, found = audit(*exports)
+    assert code == 1
+    assert [(f["fault"], f["round"]) for f in found["findings"]] == [("ledger", ROUNDS)]
+
+    exports[0].write_text("".join(line for line in cut if '"share"' not in line))
+    code, found = audit(*exports)
+    assert code == 1 and {"ledger", "roster"} <= {f["fault"] for f in found["findings"]}
 
 
 def test_a_server_that_sends_sites_different_adapters_learns_nothing(

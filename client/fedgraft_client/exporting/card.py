@@ -14,6 +14,7 @@ from typing import Any
 
 from fedgraft_client.scores import Score
 from fedgraft_common.backbone import Backbone
+from fedgraft_common.mechanism import against
 from fedgraft_common.plan import Plan
 from fedgraft_common.task_spec import TaskSpec
 
@@ -94,6 +95,7 @@ def model_card(
         results=results,
         public=public,
         up=_rounded_up,
+        against=against(plan),
         honest=(plan.aggregation.sites or 0)
         - plan.privacy.tolerated_dropouts
         - plan.privacy.tolerated_colluders,

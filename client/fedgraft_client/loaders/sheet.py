@@ -98,7 +98,7 @@ def _sheet(
     for axis, image, caption, label in zip(axes, images, captions, labels, strict=False):
         draw(axis, image)
         if task.spec.kind == "segmentation":
-            axis.imshow(label, alpha=0.4, vmin=0, vmax=len(task.spec.classes) - 1)
+            axis.imshow(label.numpy(), alpha=0.4, vmin=0, vmax=len(task.spec.classes) - 1)
         if task.spec.kind == "detection":
             _boxes(axis, label, image)
         axis.set_title(caption if len(caption) < 22 else caption[:20] + "…", fontsize=8)
@@ -110,11 +110,11 @@ def _sheet(
 def _picture(axis: Any, image: torch.Tensor) -> None:
     frame = image[len(image) // 2] if image.dim() == 4 else image  # the middle of a video
     shown = frame.movedim(0, -1).squeeze(-1) if len(frame) in (1, 3) else frame.mean(dim=0)
-    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def _curve(axis: Any, series: torch.Tensor) -> None:
-    axis.plot(series, linewidth=0.5)
+    axis.plot(series.numpy(), linewidth=0.5)
 
 
 def _boxes(axis: Any, label: torch.Tensor, image: torch.Tensor) -> None:

@@ -35,9 +35,14 @@ from fedgraft_common.messages import (
     write_reply,
     write_secure,
 )
+from fedgraft_common.secure_messages import Advertisement, Answer, Sharing
 from fedgraft_simulations.audit.rehearsal import Exchange
 
-SECURE_STEPS = frozenset(step.message_type for step in SecureStep)
+SECURE_STEPS: dict[str, type[Advertisement | Sharing | Answer]] = {
+    SecureStep.ADVERTISE.message_type: Advertisement,
+    SecureStep.SHARE.message_type: Sharing,
+    SecureStep.UNMASK.message_type: Answer,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ def account_for(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> Accounted
         again = write_counts(exchange.request, exchange.round, status, counts)
     elif status is Status.OK and exchange.kind in SECURE_STEPS:
         message = read_secure(reply.content.config_records.get(SECURE))
+        _check_secure(exchange, message)
         masks, found = len(message), hashlib.sha256(message).hexdigest()
         again = write_secure(exchange.request, exchange.round, status, message)
     elif status is Status.OK:
@@ -99,6 +105,22 @@ def account_for(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> Accounted
         )  # fmt: skip
     form = len(exchange.sent) - values - masks - envelope
     return Accounted(len(exchange.sent), values, masks, form, envelope, status, found)
+
+
+def _check_secure(exchange: Exchange, message: bytes) -> None:
+    """A message of secure aggregation has its fields and nothing more; its parsers are canonical.
+
+    Raises:
+        MessageError: it is something else, or one peer's shares are longer than another's.
+    """
+    parsed = SECURE_STEPS[exchange.kind].from_bytes(message)
+    lengths = {len(c) for c in parsed.ciphertexts if c} if isinstance(parsed, Sharing) else set()
+    if parsed.to_bytes() != message or len(lengths) > 1:
+        raise MessageError(
+            f"reply of site {exchange.site}, {exchange.kind}", f"{len(message)} bytes",
+            "the fields of that message, and shares of one length",
+            "Something left the site that nobody accounts for: stop the run and look into it.",
+        )  # fmt: skip
 
 
 def why_not(exchange: Exchange, schema: tuple[TensorSpec, ...]) -> str | None:

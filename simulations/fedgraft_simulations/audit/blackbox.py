@@ -1,9 +1,12 @@
 """Mislabelled records as canaries, and an attacker who has only the released model: T3.
 
-Records that no site trained on get a wrong label; a fair coin decides for each whether its site
-takes it into its training data. The run is the plan's own, with nothing watched or changed but the
-data. The attacker scores each canary by how much the released adapter lowered the loss of its wrong
-label, under the head that the federation used at that site; then T1 counts right guesses.
+Units that no site trained on, records or patients, get wrong labels; a fair coin decides for each
+whether its site takes it, with all its records, into its training data. The run is the plan's own,
+with nothing watched or changed but the data. The attacker scores each canary by how much the
+released adapter lowered the loss of its wrong labels, under the head that the federation used at
+that site; then T1 counts right guesses.
+
+Shapes: m canaries, which are units, with N records together.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class BlackBox:
     """What the attacker had.
 
     Attributes:
-        scores: (m,) how much the wrong label's loss fell.
+        scores: (m,) how much the wrong labels' loss fell, mean over a unit's records.
         included: (m,) the coins.
     """
 
@@ -81,31 +84,37 @@ def _plant(
 ) -> tuple[Records, NDArray[np.bool_], Records]:
     """Canaries of one site, their coins, and its training data with the included ones."""
     train, test = share.train, share.test
-    count = min(most, len(test), max(2, train.unit_count))
-    chosen = torch.from_numpy(random.permutation(len(test))[:count])
-    labels = test.labels[chosen]
+    units = (torch.arange(len(test)) if test.units is None else test.units).numpy()
+    count = min(most, test.unit_count, max(2, train.unit_count))
+    place = np.full(test.unit_count, -1)
+    place[random.permutation(test.unit_count)[:count]] = np.arange(count)
+    rows = np.flatnonzero(place[units] >= 0)
+    owner = place[units[rows]]
+    labels = test.labels[torch.from_numpy(rows)]
     if labels.dim() == 1 and labels.dtype == torch.int64 and len(share.classes) > 1:
-        shift = torch.from_numpy(random.integers(1, len(share.classes), size=count))
+        shift = torch.from_numpy(random.integers(1, len(share.classes), size=count)[owner])
         labels = (labels + shift) % len(share.classes)
     else:  # labels of another kind: each gets its neighbour's
         labels = labels.roll(1, dims=0)
-    canaries = Records(take(test.inputs, chosen), labels)
+    inputs = take(test.inputs, torch.from_numpy(rows))
+    canaries = Records(inputs, labels, torch.from_numpy(owner))
     included = random.random(count) < 0.5
-    taken = torch.from_numpy(np.flatnonzero(included))
-    units = train.units
-    if units is not None:  # each canary is a unit of its own
-        first = int(units.max()) + 1
-        units = torch.cat([units, torch.arange(first, first + len(taken))])
+    taken = torch.from_numpy(np.flatnonzero(included[owner]))
+    numbers = train.units
+    if numbers is not None:
+        own = np.unique(owner[taken], return_inverse=True)[1]
+        numbers = torch.cat([numbers, int(numbers.max()) + 1 + torch.from_numpy(own)])
     mixed = Records(
-        together(train.inputs, take(canaries.inputs, taken)),
+        together(train.inputs, take(inputs, taken)),
         torch.cat([train.labels, labels[taken]]),
-        units,
+        numbers,
     )
     return canaries, included, mixed
 
 
 def _fall(site: Site, run: Rehearsal, canaries: Records) -> NDArray[np.float64]:
-    """How much the loss of each canary's label fell from the initial to the released adapter."""
+    """(m,) how much the loss of a canary's labels fell from the initial to the released adapter."""
+    assert canaries.units is not None  # noqa: S101 - see `_plant`
     bench, task = site.bench(run.plan), site.task(run.plan)
     head = site.trained_head(run.plan).cpu()
     cached = bench.cache(canaries.inputs)
@@ -115,4 +124,5 @@ def _fall(site: Site, run: Rehearsal, canaries: Records) -> NDArray[np.float64]:
         with torch.no_grad():
             return task.loss(head(bench.features(adapter, cached)), labels)
 
-    return (losses(run.initial) - losses(run.adapter)).double().numpy()
+    fell = losses(run.initial) - losses(run.adapter)
+    return (torch.bincount(canaries.units, fell.double()) / torch.bincount(canaries.units)).numpy()

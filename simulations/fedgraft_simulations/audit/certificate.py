@@ -11,8 +11,10 @@ than exp(epsilon) / (1 + exp(epsilon)); more right guesses than that refute the 
 
 Both hold for adding or removing one unit. Which canaries are guessed, and how many, must not be
 chosen by looking at the coins that are then counted: it is fixed before, or chosen on a half that
-is then left out. Neither notices noise at half strength (PRIVACY.md); T2 in `gaussian_bound.py`
-does.
+is then left out. (The reference sweep of PRIVACY.md takes the best of all corners of the ROC
+curve's convex hull, each at an equal part of the significance. That reproduces its figures to the
+digit, and is a test here; but the corners depend on the coins, so the audit does not do it.)
+Neither notices noise at half strength (PRIVACY.md); T2 in `gaussian_bound.py` does.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def attack_processes(plan: Plan, share: Share, directory: Path) -> list[Finding]
 
 def _not_tried(why: str) -> Finding:
     words = why.splitlines()[0]
-    return Finding("Over real processes a site refuses the same", "not tried", "info", words)
+    return Finding(
+        "Over real processes a site refuses the same", "not tried", "info", words, "processes"
+    )
 
 
 def write_site(directory: Path, share: Share, plan: Plan) -> None:
@@ -136,6 +138,7 @@ def _attack(plan: Plan, share: Share, directory: Path) -> list[Finding]:
             f"{len(expected) - len(wrong)} of {len(expected)} as they must be",
             "fail" if wrong else "pass",
             "; ".join(wrong) or "The hostile ServerApp had the operator's key.",
+            "processes",
         ),
         Finding(f"Real processes: {account.claim.lower()}", account.measured, account.verdict,
                 account.detail),

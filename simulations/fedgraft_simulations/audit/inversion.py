@@ -1,4 +1,4 @@
-"""Inversion: can a record be drawn from what a site sends?
+"""Inversion: can a record be drawn from what a site sends? Long, for all its scenes are here.
 
 The attacker is the server of the `updates` attack, with more: it knows the labels and the head, has
 images of the same kind of its own, and asks about one record at a time. What it sees goes from what
@@ -120,7 +120,7 @@ class InversionPart:
     """The part `inversion` of an audit."""
 
     name = "inversion"
-    title = "Update inversion"
+    title = "Hiding the records themselves"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Draws records from what is seen, from nothing to all."""
@@ -486,17 +486,21 @@ def _findings(
             if works
             else "It is not: this backbone's adapter gradient gave this attack no picture. What "
             "follows then says little.",
+            "positive control",
         )
     ]
     for name in reached[mechanism]:
         found = leaks(by_name[name], prior, gallery)
         findings.append(
             Finding(
-                f"No record can be drawn from what the server gets ({name})",
+                "A record that is alone in its batch cannot be drawn"
+                if name == ONE
+                else f"No record can be drawn from what the server gets ({name})",
                 f"{described(by_name[name])}; {described(prior)}",
                 "fail" if found else "pass",
                 f"A leak is more identifications than guessing gives (binomial, {SIGNIFICANCE:g}) "
                 f"or {GAIN:g} dB more than with nothing seen.",
+                name,
             )
         )
     findings.append(
@@ -505,6 +509,7 @@ def _findings(
             "; ".join(described(by_name[n]) for n in SCENES if n != ONE),
             "info",
             "Clipping alone shortens a gradient and hides nothing of its direction.",
+            "what each does",
         )
     )
     findings.append(
@@ -514,6 +519,7 @@ def _findings(
             "info",
             "Analytic: the gradient of a linear layer's weight divided by its bias' is its input. "
             "This is why the head stays at the site.",
+            "head",
         )
     )
     return findings
@@ -526,6 +532,7 @@ def _text_finding(words: Recovered) -> Finding:
         f"{words.noised:.0%} after clipping and noise; a guess gives {words.guess:.0%}",
         "info",
         "On a small encoder with random weights, made for this; the plan's own is not one of text.",
+        "text",
     )
 
 
@@ -535,6 +542,7 @@ def _not_attacked(part: InversionPart, modality: str, started: float) -> PartRes
         f"not attacked: the plan's records are {modality}",
         "info",
         "The attack draws images.",
+        "not attacked",
     )
     return PartResult(
         part.name, part.title, "info", f"Not attacked: this part draws images, not {modality}.",

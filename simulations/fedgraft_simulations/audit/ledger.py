@@ -1,29 +1,26 @@
 """The ledger audit: does a site's account hold, from its export alone?
 
-Nothing of the site is needed but what `fedgraft ledger export` prints. Each check is a function of
-the entries, so that it can be asked of any ledger; `LedgerPart` asks them of one export, or of the
-exports of every site of the rehearsal.
+Nothing of the site is needed but what `fedgraft ledger export` prints; the checks are in
+`account.py`.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedgraft_client.account import MANY, export, public_key, read_ledger
-from fedgraft_client.entry import Entry, Kind, charges, find_faults, output_of, spent
-from fedgraft_client.policy import Policy
-from fedgraft_common.accounting import SamplingEvent, epsilon, epsilon_bound, second_opinion
-from fedgraft_common.errors import PrivacyError
-from fedgraft_common.mechanism import StepNoise, step_noise
+from fedgraft_client.account import export, public_key, read_ledger
+from fedgraft_client.entry import Entry, parse_entry, spent
+from fedgraft_common.accounting import epsilon_bound
+from fedgraft_common.errors import LedgerError, PrivacyError
 from fedgraft_common.plan import Plan
+from fedgraft_simulations.audit.account import Account, audit_account
 from fedgraft_simulations.audit.part import (
     AuditContext,
     Finding,
@@ -33,36 +30,6 @@ from fedgraft_simulations.audit.part import (
     worst,
 )
 from fedgraft_simulations.table import epsilon_words
-
-PRECISION = 1e-9
-"""Relative difference of two noise multipliers that a ledger and a plan may show by rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A ledger and what it is held against.
-
-    Attributes:
-        entries: oldest first.
-        plan: the plan under audit.
-        policy: the site's rules, if the auditor has them.
-        rehearsed: the plan is known to have run, so the ledger must know of it.
-    """
-
-    entries: Sequence[Entry]
-    plan: Plan
-    policy: Policy | None = None
-    rehearsed: bool = False
-
-    @property
-    def reservations(self) -> list[Entry]:
-        """Every charge for a round, void ones included."""
-        return [e for e in self.entries if e.kind is Kind.RESERVE]
-
-    @property
-    def delta(self) -> float:
-        """What lifetime epsilons are for: the policy's, else the plan's."""
-        return self.policy.maximum_delta if self.policy else self.plan.privacy.delta
 
 
 class LedgerPart:
@@ -77,13 +44,26 @@ class LedgerPart:
         files = [context.ledger] if context.ledger else _export_all(context, progress)
         ledgers = [read_ledger(file) for file in files]
         plan = _as_charged(context.plan, ledgers) if context.ledger else context.rehearsal.plan
+        site, rehearsed = context.site, context.ledger is None
+        earlier = read_copy(context.witness) if context.witness else None
         accounts = [
-            Account(entries, plan, context.policy, context.ledger is None) for entries in ledgers
-        ]
+            Account(
+                entries, plan, site.policy if site else None, rehearsed,
+                site.data if site and not rehearsed else None, earlier, context.site_key,
+            )
+            for entries in ledgers
+        ]  # fmt: skip
         found = []
         for place, account in enumerate(accounts):
             progress(0.5 + 0.5 * place / len(accounts), f"ledger {place + 1} of {len(accounts)}")
-            found.append(list(audit_account(account)))
+            try:
+                found.append(list(audit_account(account)))
+            except (PrivacyError, KeyError, TypeError, ValueError) as error:
+                raise LedgerError(
+                    f"ledger {place + 1}", f"a line that says what none can: {error}",
+                    "lines as a site writes them",
+                    "Whoever wrote it had the key that it names: ask how it came about.",
+                ) from None  # fmt: skip
         findings = tuple(_together(found))
         verdict = worst(findings)
         return PartResult(
@@ -98,309 +78,24 @@ class LedgerPart:
         )
 
 
-def audit_account(account: Account) -> Iterator[Finding]:
-    """Everything that one export can show.
+def read_copy(path: Path) -> list[Entry]:
+    """The lines of a ledger, of an export, or of a site's witness, which is left as it is.
 
     Raises:
-        LedgerError: it does not begin with the site's key.
+        LedgerError: it is none of these.
     """
-    yield _chain(account)
-    yield _key(account)
-    yield _replays(account)
-    yield _sealed(account)
-    yield from _plan(account)
-    yield from _spending(account)
-    yield _policy(account)
-
-
-# -- one check each
-
-
-def _chain(account: Account) -> Finding:
-    faults = find_faults(account.entries, public_key(account.entries))
-    return Finding(
-        "No line was changed, removed, inserted or re-dated",
-        f"{len(account.entries)} lines, {_or_whole(faults)}",
-        "fail" if faults else "pass",
-        "Numbers without gaps, SHA-256 chain, Ed25519 signatures, times that never go back, each "
-        "commit and each void of one open reservation.",
-        "chain",
-    )
-
-
-def _key(account: Account) -> Finding:
-    key = public_key(account.entries).public_bytes_raw().hex()
-    return Finding(
-        "The lines are signed by the site",
-        f"by the key {key[:16]}, which the ledger itself names", "info",
-        f"Compare it with the key that you know of the site: {key}", "key",
-    )  # fmt: skip
-
-
-def _replays(account: Account) -> Finding:
-    """A line, a round or a reply that occurs twice."""
-    faults: list[str] = []
-    bodies = {e.seq: e.body for e in account.entries if e.kind is Kind.RESERVE}
-    nonces = Counter(str(body.get("nonce")) for body in bodies.values())
-    faults += [f"the nonce {nonce} occurs {n} times" for nonce, n in nonces.items() if n > 1]
-    commits = [e for e in account.entries if e.kind is Kind.COMMIT]
-    replies = Counter(str(e.body["reply"]) for e in commits)
-    faults += [f"the reply {reply[:16]} was committed {n} times" for reply, n in replies.items()
-               if n > 1]  # fmt: skip
-    newest: dict[str, int] = {}
-    lost = any(e.kind is Kind.RECOVER for e in account.entries)
-    for commit in commits:
-        body = bodies.get(int(commit.body["reserve"]))
-        if body is None:
-            continue  # the chain says so
-        output, number = output_of(body), int(body["round"])
-        if number <= newest.get(output, 0) and not lost:
-            faults.append(f"entry {commit.seq}: round {number} was finished a second time")
-        newest[output] = max(number, newest.get(output, 0))
-    repeated = _repeated(account)
-    again = f"; {repeated} rounds were begun again, and charged again" if repeated else ""
-    return Finding(
-        "No line, no round and no reply occurs twice",
-        f"{len(commits)} replies, {_or_none(faults)}{again}",
-        "fail" if faults else "pass",
-        "A reply that is resent is not a line: it costs nothing and is the same bytes.",
-        "replays",
-    )
-
-
-def _repeated(account: Account) -> int:
-    rounds = Counter((output_of(e.body), e.body["round"]) for e in account.reservations)
-    return sum(count - 1 for count in rounds.values())
-
-
-def _sealed(account: Account) -> Finding:
-    sealed: set[str] = set()
-    faults = []
-    for entry in account.entries:
-        plan = str(entry.body.get("plan"))
-        if entry.kind is Kind.SEAL:
-            sealed.add(plan)
-        elif entry.kind is Kind.RESERVE and plan in sealed:
-            faults.append(f"entry {entry.seq}: charged to {plan[:12]} after it was sealed")
-    return Finding(
-        "A run whose head was refitted without noise never goes on",
-        f"{len(sealed)} runs sealed, {_or_none(faults)}", "fail" if faults else "pass",
-        name="sealed",
-    )  # fmt: skip
-
-
-def _plan(account: Account) -> Iterator[Finding]:
-    """The charges of the plan under audit are those that the plan calls for."""
-    plan = account.plan
-    mine = [e for e in account.reservations if e.body["plan"] == plan.hash]
-    inconsistent = _inconsistent(account)
-    yield Finding(
-        "Every run keeps the mechanism that it began with",
-        f"{len({str(e.body['plan']) for e in account.reservations})} runs, "
-        f"{_or_none(inconsistent)}",
-        "fail" if inconsistent else "pass",
-        "Name, unit, mechanism, sample rate and noise multiplier of all charges to one plan hash.",
-        "consistency",
-    )
-    if plan.privacy.mechanism == "none":
-        yield Finding(
-            "What leaves the site is charged before it is computed",
-            "the plan runs without DP: nothing is charged, and nothing is promised", "fail",
-            name="plan",
-        )  # fmt: skip
-        return
-    if not mine:
-        yield Finding(
-            "The plan under audit was charged as it asks",
-            "this ledger holds no charge for it; name the plan that the site ran, to check it",
-            "fail" if account.rehearsed else "info",
-            name="plan",
-        )
-        return
-    wrong = [fault for entry in mine for fault in _against_plan(entry, plan)]
-    yield Finding(
-        f"The plan {plan.name} ({plan.hash[:12]}) was charged as it asks",
-        f"{len(mine)} charges, {_or_none(wrong)}", "fail" if wrong else "pass",
-        "The plan's SHA-256 is computed anew; sample rate, noise, steps, unit, mechanism, shares "
-        "and colluders of every charge are compared with what the plan comes to.", "plan",
-    )  # fmt: skip
-
-
-def _inconsistent(account: Account) -> list[str]:
-    kept: dict[tuple[str, str], tuple[Any, ...]] = {}
-    faults = []
-    for entry in account.reservations:
-        body = entry.body
-        facts = (
-            body["run"], body["unit"], body["mechanism"], body["sample_rate"],
-            body["noise_multiplier"], body["shares"], body["colluders"],
-        )  # fmt: skip
-        if kept.setdefault((str(body["plan"]), str(body["purpose"])), facts) != facts:
-            faults.append(f"entry {entry.seq}: another mechanism than the run began with")
-    return faults
-
-
-def _against_plan(entry: Entry, plan: Plan) -> list[str]:
-    """How a charge differs from what the plan asks."""
-    body = entry.body
-    evaluates = body["purpose"] == "evaluate"
     try:
-        step = _step(plan.canonical, float(body["sample_rate"]), evaluates)
-    except PrivacyError as error:
-        return [f"entry {entry.seq}: {error}"]
-    event = step.evaluation if evaluates else step.event
-    if event is None:
-        return [f"entry {entry.seq}: an evaluation that the plan does not ask for"]
-    distributed = plan.privacy.mechanism == "distributed" and not evaluates
-    expected = {
-        "run": plan.name,
-        "unit": plan.privacy.unit,
-        "mechanism": "distributed" if distributed else "local",
-        "shares": plan.noise_shares if distributed else 1,
-        "colluders": plan.privacy.tolerated_colluders if distributed else 0,
-        "sample_rate": event.sample_rate,
-        "steps": 1 if evaluates else plan.training.local_steps,
-    }
-    faults = [
-        f"entry {entry.seq}: {key} {body[key]}, not {value}"
-        for key, value in expected.items()
-        if body[key] != value
-    ]
-    if body["noise_multiplier"] < event.noise_multiplier * (1 - PRECISION):
-        faults.append(
-            f"entry {entry.seq}: noise multiplier {body['noise_multiplier']:.6g}, less than the "
-            f"{event.noise_multiplier:.6g} that the plan's epsilon needs"
-        )
-    if not 1 <= body["round"] <= plan.rounds.count:
-        faults.append(f"entry {entry.seq}: round {body['round']} of {plan.rounds.count}")
-    return faults
-
-
-@lru_cache(maxsize=64)
-def _step(canonical: str, rate: float, evaluates: bool) -> StepNoise:
-    """What a plan comes to at a site with this sample rate."""
-    plan = Plan.model_validate_json(canonical)
-    if plan.training.sample_rate is not None:
-        return step_noise(plan, 2, "as charged")
-    if evaluates:  # what an evaluation is charged does not depend on the rate
-        return step_noise(plan.replace({"training.sample_rate": 1.0}), 2, "as charged")
-    return step_noise(plan, round(plan.training.expected_batch / rate), "as charged")
-
-
-def _spending(account: Account) -> Iterator[Finding]:
-    """The total, by two accountants, and each run."""
-    events = spent(account.entries)
-    delta = account.delta
-    if not events:
-        return
-    total, second, tolerance = _two_accountants(tuple(events), delta)
-    agree = abs(total - second) <= tolerance
-    pending = _pending(account)
-    waiting = f"; {pending} charges never committed, and count" if pending else ""
-    yield Finding(
-        "Two independent accountants agree on what was spent",
-        f"epsilon {total:.4f} and {second:.4f} at delta {delta:g}{waiting}",
-        "pass" if agree else "fail",
-        f"PLD of dp-accounting, which decides, and PRV of Opacus; they may lie {tolerance:g} "
-        "apart.",
-        "accountants",
-    )
-    plan = account.plan
-    run = spent(account.entries, plan.hash)
-    if run:
-        cost = epsilon(run, plan.privacy.delta)
-        yield Finding(
-            f"The run spent no more than the epsilon {plan.privacy.epsilon:g} that it promises",
-            f"epsilon {cost:.4f} at delta {plan.privacy.delta:g}, "
-            f"{sum(e.steps for e in run)} steps",
-            "pass" if cost <= plan.privacy.epsilon or _repeated(account) else "fail",
-            "A round that was begun again after a crash is charged twice, and may take a run above "
-            "its promise; the site's policy bounds that.",
-            "promise",
-        )
-
-
-def _pending(account: Account) -> int:
-    closed = {int(e.body["reserve"]) for e in account.entries if e.kind in (Kind.COMMIT, Kind.VOID)}
-    return sum(e.seq not in closed for e in account.reservations)
-
-
-@lru_cache(maxsize=64)
-def _two_accountants(events: tuple[SamplingEvent, ...], delta: float) -> tuple[float, float, float]:
-    """Epsilon by PLD and by PRV, and how far apart they may be; coarser on a long history."""
-    if len(events) > MANY:
-        return epsilon_bound(events, delta), second_opinion(events, delta, 0.1), 0.11
-    return epsilon(events, delta), second_opinion(events, delta, 0.01), 0.011
-
-
-def _policy(account: Account) -> Finding:
-    """The site's own rules, where a ledger can show them."""
-    claim = "The site's own rules were kept"
-    if account.policy is None:
-        return Finding(
-            claim, "not checked: no site file was given", "info",
-            "Name it with --site; its [policy] is then held against every charge.", "policy",
-        )  # fmt: skip
-    broken = [fault for check in _RULES for fault in check(account, account.policy)]
-    return Finding(
-        claim, f"{len(account.reservations)} charges, {_or_none(broken)}",
-        "fail" if broken else "pass",
-        "Lifetime and run epsilon, noise, mechanisms, tasks, released evaluations and approvals. "
-        "A ledger does not say which backbone and adapter method a plan used, nor local time.",
-        "policy",
-    )  # fmt: skip
-
-
-def _rule_lifetime(account: Account, policy: Policy) -> Iterator[str]:
-    events = spent(account.entries)
-    if events:
-        total = _two_accountants(tuple(events), policy.maximum_delta)[0]
-        if total > policy.maximum_epsilon:
-            yield f"lifetime epsilon {total:.4f}, above maximum_epsilon {policy.maximum_epsilon:g}"
-
-
-def _rule_runs(account: Account, policy: Policy) -> Iterator[str]:
-    limit = policy.maximum_run_epsilon
-    if limit is None:
-        return
-    for plan in dict.fromkeys(str(e.body.get("plan")) for e in charges(account.entries)):
-        events = spent(account.entries, plan)
-        cost = epsilon(events, policy.maximum_delta) if events else 0.0
-        if cost > limit:
-            yield f"run {plan[:12]}: epsilon {cost:.4f}, above maximum_run_epsilon {limit:g}"
-
-
-def _rule_charges(account: Account, policy: Policy) -> Iterator[str]:
-    for entry in account.reservations:
-        body = entry.body
-        if body["noise_multiplier"] < policy.minimum_noise_multiplier:
-            yield f"entry {entry.seq}: noise multiplier below minimum_noise_multiplier"
-        if body["mechanism"] not in policy.mechanisms:
-            yield f"entry {entry.seq}: mechanism {body['mechanism']}"
-        if not any(fnmatchcase(str(body["run"]), pattern) for pattern in policy.tasks):
-            yield f"entry {entry.seq}: task {body['run']}"
-        if body["purpose"] == "evaluate" and not policy.release_evaluation:
-            yield f"entry {entry.seq}: a released evaluation"
-
-
-def _rule_approval(account: Account, policy: Policy) -> Iterator[str]:
-    if policy.approval != "manual":
-        return
-    approved: set[str] = set()
-    for entry in account.entries:
-        plan = str(entry.body.get("plan"))
-        if entry.kind is Kind.APPROVE:
-            approved.add(plan)
-        elif entry.kind is Kind.RESERVE and plan not in approved:
-            yield f"entry {entry.seq}: a plan that nobody had approved"
-
-
-_RULES: tuple[Callable[[Account, Policy], Iterator[str]], ...] = (
-    _rule_lifetime, _rule_runs, _rule_charges, _rule_approval,
-)  # fmt: skip
-
-
-# -- words
+        return read_ledger(path)
+    except LedgerError:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [parse_entry(json.loads(line)) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LedgerError(
+                str(path), "no lines of a ledger",
+                "a site's witness, or what `fedgraft ledger export` wrote before",
+                "Check the path.",
+            ) from None  # fmt: skip
 
 
 def _as_charged(plan: Plan, ledgers: Sequence[Sequence[Entry]]) -> Plan:
@@ -408,19 +103,6 @@ def _as_charged(plan: Plan, ledgers: Sequence[Sequence[Entry]]) -> Plan:
     open_plan = plan.replace({"aggregation.sites": None})
     known = {str(e.body.get("plan")) for entries in ledgers for e in entries}
     return open_plan if open_plan.hash in known else plan
-
-
-def _or_whole(faults: Sequence[str]) -> str:
-    return _listed(faults) if faults else "whole"
-
-
-def _or_none(faults: Sequence[str]) -> str:
-    return _listed(faults) if faults else "nothing wrong"
-
-
-def _listed(faults: Sequence[str]) -> str:
-    rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return "; ".join(faults[:3]) + rest
 
 
 def _together(found: list[list[Finding]]) -> Iterator[Finding]:
@@ -495,7 +177,7 @@ def _export_all(context: AuditContext, progress: Report) -> list[Path]:
 def _not_covered(context: AuditContext) -> tuple[str, ...]:
     found = (
         "A ledger whose end was cut off, or that was rewritten by whoever holds the site's key, "
-        "looks whole. The witness, or an earlier export, shows it.",
+        "looks whole. The witness, or an earlier export, shows it: name one with --witness.",
         "A ledger says what was charged, not what was computed: the other parts measure that.",
     )
     if context.ledger is not None:

@@ -1,14 +1,15 @@
 """The mechanism audit: is the noise as good as the ledger says? T1, T1b, T2 and T3 of PRIVACY.md.
 
     trial.py           the plan, run with canaries in the real trainer    -> T2, T1, T1b
-    noise.py           the noise that left, against the noise promised
-    sampling.py        the batches that were drawn, against Poisson samples
+    exact.py           the noise that left and the batches that were drawn, against the accountant's
     blackbox.py        mislabelled records and the released model alone   -> T3
 
-T2 decides, with a thousand canaries or more. All bounds that can fail share one significance of
-`SIGNIFICANCE`, so that a sound mechanism is called broken in fewer than one of twenty audits; in
+T2 decides, with a thousand canaries or more. All bounds that can fail, T1, T1b and T3 included,
+share one significance of `SIGNIFICANCE` in equal parts (Bonferroni), so that they hold together
+with 95 % confidence, and a sound mechanism is called broken in fewer than one of twenty audits; in
 practice in far fewer, because a bound by Clopper and Pearson on two error rates at once, and on a
-sampled mechanism by a Gaussian curve, is cautious three times over.
+sampled mechanism by a Gaussian curve, is cautious three times over. The exact tests of noise and
+sampling have 1e-5 each on top.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from fedgraft_simulations.audit.certificate import (
     guesses,
 )
 from fedgraft_simulations.audit.charts import bounds_chart, scores_chart
+from fedgraft_simulations.audit.exact import ExactTests
 from fedgraft_simulations.audit.gaussian_bound import GaussianBound, gaussian_bound
-from fedgraft_simulations.audit.noise import NoiseCheck, check_noise
 from fedgraft_simulations.audit.part import (
     AuditContext,
     Figure,
@@ -42,7 +43,6 @@ from fedgraft_simulations.audit.part import (
     worst,
 )
 from fedgraft_simulations.audit.probe import CLIPPED, HEAD, SUMMED
-from fedgraft_simulations.audit.sampling import SamplingCheck, check_sampling
 from fedgraft_simulations.audit.trial import Observer, Trial, run_trial
 from fedgraft_simulations.table import epsilon_words
 
@@ -51,6 +51,8 @@ GATE = 1000
 """Canaries that T2 needs at least to decide."""
 CANARIES = {"quick": 1000, "full": 2000}
 MOST_TRIALS = 64
+ONE_RUN, BLACK_BOX = 2, 1
+"""Bounds besides T2 that share its significance: T1 and T1b; T3."""
 BLACK_BOX_SHARE = 0.25
 """Guesses of T3, IN and OUT each, as a share of the canaries; fixed before looking."""
 
@@ -91,7 +93,7 @@ class MechanismPart:
             findings=findings,
             figures=tuple(measured.figures()),
             facts=measured.facts,
-            not_covered=tuple(_not_covered(context, trials[0])),
+            not_covered=tuple(_not_covered(context)),
             seconds=time.perf_counter() - started,
         )
 
@@ -147,8 +149,12 @@ class Measured:
         self.strongest = trials[0].observers[-1]
         kinds = trials[0].canaries.kind
         watched = [kind for kind in (SUMMED, CLIPPED, HEAD) if (kinds == kind).any()]
-        tests = len(watched) + len(trials[0].observers) - 1 + 1  # each kind; views; repetition
-        self.significance = SIGNIFICANCE / tests
+        views = len(trials[0].observers) - 1  # SUMMED canaries are one more test for each
+        single = "single" not in trials[0].observers
+        repetition = context.plan.rounds.count > 2
+        self.significance = SIGNIFICANCE / (
+            len(watched) + views + single + repetition + ONE_RUN + BLACK_BOX
+        )
         self.kinds = watched
 
     # -- the findings, in the order in which they are read
@@ -179,7 +185,10 @@ class Measured:
                 "repeats does not vary."
             )
             found.append(self._bound("repetition", claim, SUMMED, self.strongest, np.var, detail))
-        found += [*self._noise(), self._sampling(), *self._one_run(), self._mislabelled()]
+        exact = ExactTests(self.trials, self.private, HEAD in self.kinds, self.random)
+        found += exact.findings()
+        self.facts |= exact.facts
+        found += [*self._one_run(), self._mislabelled()]
         return found
 
     def _charged(self) -> Finding:
@@ -269,65 +278,6 @@ class Measured:
             included.append(trial.canaries.included[mine])
         return np.concatenate(scores), np.concatenate(included)
 
-    def _noise(self) -> list[Finding]:
-        if not self.private:
-            return []
-        found = [self._strength("adapter"), self._fresh()]
-        if HEAD in self.kinds:
-            found.insert(1, self._strength("head"))
-        return found
-
-    def _strength(self, which: str) -> Finding:
-        check = check_noise(self._noise_of(which), self.random)
-        self.facts[f"noise of the {which}"] = asdict(check)
-        return Finding(
-            f"The noise in the {which}'s gradient is as strong as the ledger says",
-            f"{check.strength:.2%} of it, {check.values:,} values",
-            "pass" if check.strong else "fail",
-            f"Between {check.low:.2%} and {check.high:.2%}. "
-            "What was sent, less what records contributed, at coordinates without a canary.",
-            f"strength, {which}",
-        )  # fmt: skip
-
-    def _fresh(self) -> Finding:
-        check: NoiseCheck = check_noise(self._noise_of("adapter"), self.random)
-        return Finding(
-            "The noise is Gaussian, and no two messages share it",
-            f"largest correlation between two messages {check.correlation:.3f}",
-            "pass" if check.well_made else "fail",
-            f"p-value of the shape {check.gaussian:.2g}, of the correlation {check.fresh:.2g}; "
-            "every message of the first run with canaries against every other.",
-            "fresh noise",
-        )  # fmt: skip
-
-    def _noise_of(self, which: str) -> NDArray[np.float64]:
-        """(messages, values) of the first trial, in units of the promised deviation."""
-        trial = self.trials[0]
-        canaries = trial.canaries
-        empty = ~canaries.included & ((canaries.kind == HEAD) == (which == "head"))
-        std = trial.adapter_std
-        if which == "head":
-            root = math.sqrt(trial.plan.training.local_steps)
-            std = np.array([step.head_std for step in trial.steps]) * root
-        seen = trial.seen[:, :, empty] / std[None, :, None]
-        return seen.reshape(-1, seen.shape[2]).astype(np.float64)
-
-    def _sampling(self) -> Finding:
-        trial = self.trials[0]
-        check: SamplingCheck = check_sampling(
-            trial.drawn, [step.sample_rate for step in trial.steps], self.random
-        )
-        self.facts["sampling"] = asdict(check)
-        return Finding(
-            "Every batch is a fresh coin for every record, as the accountant assumes",
-            f"{check.batches:,} batches, {check.rate:.3f} of the records in one "
-            f"(q {check.expected_rate:.3f})",
-            "pass" if check.poisson or not self.private else "fail",
-            f"p-values against Poisson sampling: sizes of batches {check.sizes:.2g}, how often "
-            f"each record was drawn {check.units:.2g}, rate {check.total:.2g}.",
-            "sampling",
-        )
-
     def _one_run(self) -> list[Finding]:
         """T1 and T1b on T2's canaries."""
         scores, included = self._scores(SUMMED, self.strongest, np.sum)
@@ -339,7 +289,7 @@ class Measured:
             ("certificate", "T1", certificate, "without any assumption about the mechanism"),
             ("Gaussian certificate", "T1b", gaussian_certificate, "assuming a Gaussian mechanism"),
         ):
-            epsilon = method(counted, self.delta, SIGNIFICANCE)
+            epsilon = method(counted, self.delta, self.significance)
             self.facts[name] = {**asdict(counted), "epsilon": epsilon}
             self.bounds.append((name, epsilon, None))
             verdict = self._holds(epsilon)
@@ -347,8 +297,8 @@ class Measured:
                 f"Guessing which canaries were there does not refute the promise, {assumes}",
                 f"{counted.right} of {counted.made} guesses right: epsilon at least {epsilon:.2f}",
                 verdict,
-                f"{short} of PRIVACY.md, {1 - SIGNIFICANCE:.0%} confidence. A weak test: it cannot "
-                "see noise at half strength.",
+                f"{short} of PRIVACY.md, {1 - self.significance:.1%} confidence. A weak test: it "
+                "cannot see noise at half strength.",
                 name,
             )
             found.append(finding)
@@ -356,7 +306,7 @@ class Measured:
 
     def _mislabelled(self) -> Finding:
         counted = guesses(self.black_box.scores, self.black_box.included, BLACK_BOX_SHARE)
-        epsilon = certificate(counted, self.delta, SIGNIFICANCE)
+        epsilon = certificate(counted, self.delta, self.significance)
         self.facts["mislabelled"] = {**asdict(counted), "epsilon": epsilon}
         self.bounds.append(("mislabelled records", epsilon, None))
         return Finding(
@@ -403,7 +353,8 @@ class Measured:
             Figure(
                 "What was measured, beside what is promised",
                 "Each mark is a lower bound: the true epsilon is to its right, with 95 % "
-                "confidence. A bound to the right of the promise would refute it. Open marks: "
+                "confidence for all of them together. A bound to the right of the promise would "
+                "refute it. Open marks: "
                 "what the scores suggest, without confidence.",
                 bounds_chart(self.bounds, self.claimed),
             ),
@@ -427,7 +378,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _not_covered(context: AuditContext, trial: Trial) -> list[str]:
+def _not_covered(context: AuditContext) -> list[str]:
     plan = context.plan
     found = [
         "The runs draw reproducible noise from the plan; a site draws from its operating system. "
@@ -442,6 +393,4 @@ def _not_covered(context: AuditContext, trial: Trial) -> list[str]:
             "Whether secure aggregation really hides each site's own sum: that rests on its "
             "cryptography and on the honest sites that the plan counts on."
         )
-    if trial.plan.evaluations:
-        found.append("The noise on released evaluation counts.")
     return found

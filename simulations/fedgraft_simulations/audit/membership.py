@@ -78,7 +78,7 @@ class MembershipPart:
     """The part `membership` of an audit."""
 
     name = "membership"
-    title = "Membership inference"
+    title = "Hiding who took part"
 
     def run(self, context: AuditContext, progress: Report) -> PartResult:
         """Attacks the rehearsal's adapter, updates and heads, and a run without DP."""
@@ -113,9 +113,13 @@ class MembershipPart:
             Figure(
                 "How many members an attacker recognises",
                 "Both axes are logarithmic: at the left are attackers who want to be sure. A curve "
-                "on the dotted line guesses. The black line is what the best conceivable attacker "
-                "could reach against the claimed mechanism; bars are 95 % intervals. A curve that "
-                "is above it with confidence refutes the claim.",
+                "on the dotted line guesses; bars are 95 % intervals."
+                + (
+                    " The black line is what the best conceivable attacker could reach against the "
+                    "claimed mechanism. A curve that is above it with confidence refutes the claim."
+                    if events
+                    else ""
+                ),
                 draw(drawn, events, bound),
             ),
             Figure(
@@ -356,14 +360,17 @@ def _ceiling_findings(
     released: Sequence[Roc], updates: Sequence[Roc], events: Sequence[SamplingEvent]
 ) -> list[Finding]:
     excesses = against_ceiling([*released, *updates], events)
-    targets = (("the released adapter", released), ("all updates", updates))
+    targets = (
+        ("released adapter", "the released adapter", released),
+        ("updates", "all updates", updates),
+    )
     findings = []
-    for target, curves in targets:
+    for check, target, curves in targets:
         best = max(curves, key=lambda roc: roc.points[1].true_positives)
         names = {roc.attack for roc in curves}
         own = [excess for excess in excesses if excess.attack in names]
         above = [excess for excess in own if excess.above]
-        detail = "; ".join(
+        cases = tuple(
             f"{e.attack} at {e.point.rate:.1%}: {e.point.hits} of {e.point.members} members and "
             f"{e.point.alarms} of {e.point.others} others, at least {e.lower:.2%} against a "
             f"ceiling of {e.allowed:.2%}"
@@ -377,6 +384,7 @@ def _ceiling_findings(
                     words(best),
                     "fail" if broken else "info",
                     "Nothing is promised, so there is no ceiling to hold it against.",
+                    check,
                 )
             )
             continue
@@ -385,7 +393,10 @@ def _ceiling_findings(
                 f"Nobody who holds {target} recognises members better than epsilon allows",
                 words(best) + (f"; above the ceiling at {len(above)} points" if above else ""),
                 "fail" if above else "pass",
-                detail + ". Limits hold together with 95 % confidence.",
+                "Every attack at each rate of false alarms; limits hold together with 95 % "
+                "confidence.",
+                check,
+                cases,
             )
         )
     return findings
@@ -403,6 +414,7 @@ def _control_findings(control: Roc | None) -> list[Finding]:
             f"The same sites and records, {CONTROL_ROUNDS} rounds of the plan without clipping and "
             f"noise; it must reach {CONTROL:.0%} at 1 % with confidence, or its failure elsewhere "
             "says nothing.",
+            "positive control",
         )
     ]
 
@@ -414,6 +426,7 @@ def _heads_finding(heads: Sequence[Roc], count: int) -> Finding:
         "info",
         f"{count} shadow heads for each site. The head is fitted without noise and never leaves; "
         "this is why it is sealed.",
+        "refitted heads",
     )
 
 

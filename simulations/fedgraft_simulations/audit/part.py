@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fedgraft_client.policy import Policy
+from fedgraft_client.site_file import SiteFile
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.rehearsal import Claim, Rehearsal, claim_of
 
@@ -37,6 +37,7 @@ class Finding:
         measured: what was found, with its confidence if it is an estimate.
         verdict: whether it held; `info` decides nothing.
         detail: how it was measured, for a specialist.
+        cases: what it was measured on, one by one; the page folds them away.
         name: of the check, the same in every audit; a self-test counts by it.
     """
 
@@ -45,6 +46,7 @@ class Finding:
     verdict: Verdict
     detail: str = ""
     name: str = ""
+    cases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,10 @@ class AuditContext:
         seed: of the auditor's own randomness: canaries, coins, shadow models.
         effort: `quick` for tests and a first look, `full` for a verdict.
         ledger: an exported ledger to audit instead of the rehearsal's; None for the rehearsal's.
-        policy: the rules of the site that the ledger belongs to; None if the auditor has none.
+        site: the file of the site that the ledger belongs to: its rules, what it says about its
+            data; None if the auditor does not have it.
+        witness: an earlier copy of that ledger, or its witness; None if the auditor has none.
+        site_key: that site's public key as the auditor knows it, in hexadecimal.
         device: where simulated sites train.
     """
 
@@ -119,7 +124,9 @@ class AuditContext:
     seed: int = 0
     effort: Effort = "full"
     ledger: Path | None = None
-    policy: Policy | None = None
+    site: SiteFile | None = None
+    witness: Path | None = None
+    site_key: str | None = None
     device: str = "cpu"
 
     @cached_property
@@ -148,3 +155,9 @@ def worst(findings: tuple[Finding, ...]) -> Verdict:
     if "fail" in verdicts:
         return "fail"
     return "pass" if "pass" in verdicts else "info"
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first three faults in words, and how many more there are; empty if there is none."""
+    rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return "; ".join(faults[:3]) + rest

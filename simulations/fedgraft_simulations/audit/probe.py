@@ -5,8 +5,13 @@ with the site's records. Where it is in a batch, it adds a gradient of its own d
 clipped sum of the others, and the trainer's own code noises, steps and sends. Three kinds:
 
     summed    C * e_j is added to the summed clipped gradient, before noise
-    clipped   1000 * C * e_j is added to the per-unit gradients, before clipping
+    clipped   1000 * C * e_j is the gradient of each of the canary's records, which go through the
+              trainer's own averaging over units and its clipping
     head      like `summed`, in the head's part of the joint vector, which stays at the site
+
+Where the plan protects all records of a patient, a `clipped` canary is one: it has as many records
+as the largest unit of its site (`records_per_unit` at most), so that clipping of single records
+would show.
 
 e_j is one coordinate of the adapter or of the head; every canary has its own, so one run holds as
 many independent experiments as it has canaries. The probe also notes what an attacker who knows
@@ -15,7 +20,7 @@ everyone but the canary knows: the clipped sum of all others, and who was in whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +41,7 @@ from fedgraft_client.runtime import Workbench
 from fedgraft_client.site import Site
 from fedgraft_common.fixed_point import FixedPoint, IntegerNoise, Vector
 from fedgraft_common.mechanism import StepNoise
-from fedgraft_common.messages import Tensors
+from fedgraft_common.messages import Counts, Tensors
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.replaced import replaced
 
@@ -97,6 +102,7 @@ class Probe:
             share included, at the adapter's canaries.
         opened: (rounds, m) what the server read of their sums.
         drawn: every batch.
+        exact: (round, site) to the two counts of a released evaluation before noise.
         where: (m,) each adapter canary's place in a message; 0 for HEAD canaries.
     """
 
@@ -110,6 +116,7 @@ class Probe:
     head: NDArray[np.float32] = field(init=False)
     opened: list[NDArray[np.float64]] = field(init=False, default_factory=list)
     drawn: list[Drawn] = field(init=False, default_factory=list)
+    exact: dict[tuple[int, int], Counts] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (self.rounds, self.sites, len(self.canaries))
@@ -133,6 +140,18 @@ class Probe:
             yield
 
     @contextmanager
+    def counting(self, site: int, number: int) -> Iterator[None]:
+        """Notes what an evaluation counts meanwhile, before noise."""
+        count: Callable[..., Counts] = vars(site_module)["exact_counts"]
+
+        def noted(*args: Any) -> Counts:
+            self.exact[number, site] = found = count(*args)
+            return found
+
+        with replaced(site_module, "exact_counts", noted):
+            yield
+
+    @contextmanager
     def watching(self, site: int) -> Iterator[None]:
         """Puts the site's canaries into whatever it trains on meanwhile."""
         train_round: Callable[..., Tensors] = vars(site_module)["train_round"]
@@ -140,14 +159,17 @@ class Probe:
         def probed(
             bench: Workbench, plan: Plan, number: int, adapter: Tensors, head: LinearHead,
             cached: Cached, labels: torch.Tensor, step: StepNoise, noise: NoiseSource,
-            physical_batch: int, units: torch.Tensor | None = None, *rest: Any,
+            physical_batch: int, units: torch.Tensor | None = None,
+            remember: Callable[[int], None] = lambda _: None, views: int = 1,
         ) -> Tensors:  # fmt: skip
             current[0] = number
-            place = Place(self, site, number, self.held_by(site), len(labels), units)
+            most = plan.privacy.records_per_unit
+            place = Place(self, site, number, self.held_by(site), len(labels), units, most)
             with replaced(training_module, "JointOptimizer", partial(ProbedOptimizer, place)):
                 return train_round(
-                    bench, plan, number, adapter, head, place.mark(cached), place.extend(labels),
-                    step, noise, physical_batch, None if units is None else place.units, *rest,
+                    bench, plan, number, adapter, head, place.mark(cached, views),
+                    place.extend(labels), step, noise, physical_batch,
+                    None if units is None else place.units, remember, views,
                 )  # fmt: skip
 
         encode = FixedPoint.encode
@@ -176,11 +198,15 @@ class Place:
         mine: the canaries it holds.
         records: how many records of its own.
         units: (records,) the unit of each; None if every record is one.
+        most: records of a canary that goes through clipping, at most.
+
+    Attributes:
+        owner: (canary records,) which of `mine` each one belongs to.
     """
 
     def __init__(
         self, probe: Probe, site: int, number: int, mine: NDArray[np.int64], records: int,
-        units: torch.Tensor | None,
+        units: torch.Tensor | None, most: int = 1,
     ) -> None:  # fmt: skip
         self.probe = probe
         self.site = site
@@ -188,23 +214,56 @@ class Place:
         self.mine = mine
         self.records = records
         own = torch.arange(records) if units is None else units
+        largest = min(int(own.bincount().max()), most)
+        sizes = np.where(probe.canaries.kind[mine] == CLIPPED, largest, 1)
+        self.owner = np.repeat(np.arange(len(mine)), sizes)
         first = int(own.max()) + 1
-        self.units = torch.cat([own, torch.arange(first, first + len(mine))])
+        self.units = torch.cat([own, first + torch.from_numpy(self.owner)])
         self.unit_count = first + len(mine)
 
-    def extend(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Room for one more record for each canary."""
-        return torch.cat([tensor, tensor.new_zeros(len(self.mine), *tensor.shape[1:])])
+    def extend(self, tensor: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """Room for the records of every canary, or all their views."""
+        return torch.cat([tensor, tensor.new_zeros(len(self.owner) * views, *tensor.shape[1:])])
 
-    def mark(self, cached: Cached) -> Cached:
+    def mark(self, cached: Cached, views: int = 1) -> Cached:
         """The same, with a column that says which record each one is."""
-        marks = torch.arange(self.records + len(self.mine))
-        return (*(self.extend(tensor) for tensor in cached), marks)
+        marks = torch.arange(self.records + len(self.owner)).repeat_interleave(views)
+        return (*(self.extend(tensor, views) for tensor in cached), marks)
 
     def note_batch(self, marks: torch.Tensor) -> None:
         """Writes down who is in a batch."""
         drawn = self.units[marks].unique().numpy()
         self.probe.drawn.append(Drawn(self.site, self.round, drawn, self.unit_count))
+
+
+class HugeGradients:
+    """An `Engine`: each record's gradient is `EXCESS` times C at a coordinate of its own.
+
+    Args:
+        parameters: of the joint vector, in its order.
+        size: of the one value that is not zero.
+    """
+
+    name = "canaries"
+
+    def __init__(self, parameters: Sequence[Any], size: float) -> None:
+        self._parameters = parameters
+        self._size = size
+
+    def __call__(self, cached: Cached, labels: torch.Tensor) -> None:
+        """Sets `grad_sample`; the only cached tensor is (N,) each record's coordinate."""
+        (coordinates,) = cached
+        begin = 0
+        for parameter in self._parameters:
+            sample = parameter.new_zeros(len(coordinates), parameter.numel())
+            inside = (coordinates >= begin) & (coordinates < begin + parameter.numel())
+            rows = inside.nonzero()[:, 0]
+            sample[rows, coordinates[rows] - begin] = self._size
+            parameter.grad_sample = sample.view(-1, *parameter.shape)
+            begin += parameter.numel()
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class ProbedOptimizer(JointOptimizer):
@@ -225,6 +284,7 @@ class ProbedOptimizer(JointOptimizer):
         self._place = place
         self._here = np.zeros(0, dtype=np.int64)
         self._begins = np.cumsum([0, *(p.numel() for p in self.params)])
+        self._physical_batch = 1
 
     def noisy_sum(
         self, engine: Engine, cached: Cached, labels: torch.Tensor, physical_batch: int,
@@ -235,8 +295,9 @@ class ProbedOptimizer(JointOptimizer):
         place = self._place
         place.note_batch(marks)
         real = marks < place.records
-        self._here = place.mine[(marks[~real] - place.records).numpy()]
-        if sizes is not None:  # a canary is a unit of one record
+        self._here = place.owner[(marks[~real].unique() - place.records).numpy()]
+        self._physical_batch = physical_batch
+        if sizes is not None:
             owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
             sizes = sizes[owners[real].unique()]
         return super().noisy_sum(
@@ -248,24 +309,26 @@ class ProbedOptimizer(JointOptimizer):
         probe, place = self._place.probe, self._place
         canaries = probe.canaries
         probe.others[place.round - 1, place.site] += self._at(canaries.coordinate, "summed_grad")
-        kinds = canaries.kind[self._here]
-        self._add_before_clipping(canaries.coordinate[self._here[kinds == CLIPPED]])
-        self._add_to_sum(canaries.coordinate[self._here[kinds != CLIPPED]])
+        here, sizes = np.unique(self._here, return_counts=True)
+        here = place.mine[here]
+        clipped = canaries.kind[here] == CLIPPED
+        self._add_before_clipping(canaries.coordinate[here[clipped]], sizes[clipped])
+        self._add_to_sum(canaries.coordinate[here[~clipped]])
         super().add_noise()
         head = canaries.kind == HEAD
         noisy = self._at(canaries.coordinate[head], "grad")
         probe.head[place.round - 1, place.site, head] += noisy
 
-    def _add_before_clipping(self, coordinates: NDArray[np.int64]) -> None:
+    def _add_before_clipping(
+        self, coordinates: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> None:
+        """The canaries' records through the production code, as units of these sizes."""
         if len(coordinates) == 0:
             return
-        size = EXCESS * self._place.probe.length
-        for parameter in self.params:
-            parameter.grad_sample = parameter.new_zeros(len(coordinates), *parameter.shape)
-        for row, (parameter, inside) in enumerate(map(self._find, coordinates)):
-            parameter.grad_sample[row].view(-1)[inside] = size
-        self.clip_and_accumulate()
-        self._clear(("grad_sample",))
+        rows = torch.from_numpy(np.repeat(coordinates, sizes))
+        engine = HugeGradients(self.params, EXCESS * self._place.probe.length)
+        units = torch.from_numpy(sizes) if (sizes > 1).any() else None
+        self._add(engine, (rows,), torch.zeros_like(rows), self._physical_batch, units)
 
     def _add_to_sum(self, coordinates: NDArray[np.int64]) -> None:
         for parameter, inside in map(self._find, coordinates):
@@ -296,3 +359,9 @@ class ProbedSite(Site):
     def _round(self, *args: Any) -> Tensors:
         with self.probe.watching(self.place):
             return super()._round(*args)
+
+    def _counts(
+        self, bench: Workbench, plan: Plan, step: StepNoise, number: int, adapter: Tensors
+    ) -> Counts:
+        with self.probe.counting(self.place, number):
+            return super()._counts(bench, plan, step, number, adapter)

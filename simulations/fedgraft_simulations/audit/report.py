@@ -217,14 +217,14 @@ def promise_words(audit: Audit) -> tuple[str, str]:
         return (
             "Nothing that this audit was told: it looked at a site's own account of what was "
             "computed from one data set, and at nothing else.",
-            " ".join(part.summary for part in audit.parts),
+            "",
         )
     if math.isinf(claim.epsilon):
         return (
             "Nothing. Whoever sees what leaves a site may find out who is in its data.",
             "privacy.mechanism is none: epsilon is infinite.",
         )
-    unit = "record" if plan.privacy.unit == "record" else f"{plan.privacy.unit}"
+    unit = unit_word(plan)
     event = SamplingEvent(claim.sample_rate, claim.noise_multiplier, claim.steps)
     found = float(ceiling([event], np.array([FALSE_ALARM]))[0])
     against = {
@@ -245,8 +245,15 @@ def promise_words(audit: Audit) -> tuple[str, str]:
     return plain, exact
 
 
+def unit_word(plan: Plan | None) -> str:
+    """What the plan protects: `patient_id` is the column of a patient."""
+    return plan.privacy.unit.removesuffix("_id") if plan else "record"
+
+
 def measured_words(audit: Audit) -> str:
     """What was measured, beside the promise."""
+    if audit.plan is None and audit.parts:
+        return " ".join(part.summary for part in audit.parts)
     if audit.measured is None or audit.claim is None:
         return "No part that measures a leak was run."
     bound = f"at least epsilon {audit.measured:.2f}, with 95 % confidence"
@@ -314,6 +321,7 @@ def _render(audit: Audit, key: str, digest: str) -> str:
         headline=headline(audit),
         promise=plain,
         exact=exact,
+        unit=unit_word(plan),
         measured=measured_words(audit),
         not_covered=not_covered_words(audit),
         gauge=gauge(audit),

@@ -12,9 +12,11 @@ SuperLink, and `fedgraft site up` as processes of their own (`hostile_federation
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +43,19 @@ from fedgraft_common.backbone import load_backbone
 from fedgraft_common.messages import ADAPTER, COUNTS, STATUS, Status, read_status
 from fedgraft_common.plan import Plan
 from fedgraft_simulations.audit.hostile import Attempt, HostileServer, as_message
-from fedgraft_simulations.audit.part import AuditContext, Finding, PartResult, Report, worst
+from fedgraft_simulations.audit.part import (
+    AuditContext,
+    Finding,
+    PartResult,
+    Report,
+    Verdict,
+    worst,
+)
 from fedgraft_simulations.partition import Share, partition
 
 NODE = 7
+LONGEST_LINE = 2000
+"""Characters of a log line about a message, however large that was."""
 
 
 @dataclass(slots=True)
@@ -88,7 +99,7 @@ class ShortWire:
         """The server's number for the site."""
         return NODE
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         """The next message; when none is left, the daemon is told to stop."""
         if not self.waiting:
             self.stop()  # type: ignore[operator]
@@ -245,13 +256,15 @@ class RobustnessPart:
         share = partition(context.plan)[0]
         target = SiteUnderAttack(context.plan, share, context.directory / self.name / "site")
         try:
-            outcomes = attack(target, progress)
+            with overheard() as lines:
+                outcomes = attack(target, progress)
         finally:
             target.close()
         honest = sum(outcome.attempt.spends for outcome in outcomes)
         findings = [
             *group_findings(outcomes),
             ledger_finding(target.plan, target.ledger, target.round_cost, honest),
+            log_finding(lines),
         ]
         real: list[str] = []
         if context.effort == "full":
@@ -298,6 +311,34 @@ def attack(target: SiteUnderAttack, progress: Report = lambda *_: None) -> list[
     return outcomes + target.ask(server.afterwards())
 
 
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """The lines that the site logs meanwhile, which go nowhere else: they would look like harm."""
+    lines: list[str] = []
+    logger = logging.getLogger("fedgraft_client")
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(listener)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield lines
+    finally:
+        logger.propagate = propagates
+        logger.removeHandler(listener)
+
+
+def log_finding(lines: Sequence[str]) -> Finding:
+    """Messages of megabytes must not become log lines of megabytes."""
+    longest = max(map(len, lines), default=0)
+    return Finding(
+        "What a server sends does not fill the site's log",
+        f"{len(lines)} lines, the longest of {longest:,} characters",
+        "pass" if longest <= LONGEST_LINE else "fail",
+        "The reason of a refusal is for the site's operator; only its word leaves.",
+        "log",
+    )
+
+
 def group_findings(outcomes: Sequence[Outcome]) -> list[Finding]:
     """One finding for each kind of attempt."""
     groups: dict[str, list[Outcome]] = {}
@@ -312,14 +353,16 @@ def group_findings(outcomes: Sequence[Outcome]) -> list[Finding]:
             "the same round asked again": "The same round asked again gives the same bytes, free",
         }.get(group, f"A site refuses {group}, with one word and at no cost")
         words = sorted({outcome.word.value for outcome in found})
-        measured = f"{len(found) - len(broken)} of {len(found)} as they must be: {', '.join(words)}"
-        detail = "; ".join(
+        right = f"{len(found) - len(broken)} of {len(found)}"
+        measured = f"{right} answered as they must be: {', '.join(words)}"
+        cases = tuple(
             f"{o.attempt.title}: {o.word.value}"
             + (f", {o.reserved} charged" if o.reserved != spends else "")
             + ("" if o.silent else ", and more than its word")
             for o in (broken or found)
         )
-        findings.append(Finding(claim, measured, "fail" if broken else "pass", detail))
+        verdict: Verdict = "fail" if broken else "pass"
+        findings.append(Finding(claim, measured, verdict, name=group, cases=cases))
     return findings
 
 
@@ -343,8 +386,9 @@ def ledger_finding(plan: Plan, ledger: Path, event: SamplingEvent, honest: int) 
         f"{reserved} reservations and {committed} commits for {honest} honest rounds, epsilon "
         f"{check.epsilon:.4f} where these cost {owed:.4f}",
         "pass" if right else "fail",
-        f"{check.entries} signed lines, {len(check.faults)} faults, witness compared: "
-        f"{check.witnessed}.",
+        f"{check.entries} signed lines, {len(check.faults)} faults; the witness "
+        f"{'agrees' if check.witnessed else 'was not there'}.",
+        "ledger",
     )
 
 

@@ -8,6 +8,9 @@ integral transform), and the values are held against the uniform distribution (K
 Smirnov); the total is held against its binomial.
 
 Null: false with probability `ALARM`, at most, for each of the three tests.
+
+None of the three sees how many batches there were: one step more than was charged is Poisson too.
+`batches_of` counts them.
 """
 
 from __future__ import annotations
@@ -72,6 +75,12 @@ def check_sampling(
         units=_uniform(counts, trials, unit_rates, random),
         total=min(1.0, len(set(rates)) * _total(drawn, rates)),
     )
+
+
+def batches_of(drawn: Sequence[Drawn], sites: int) -> list[int]:
+    """How many batches each site drew: the steps that it took, whatever it was charged for."""
+    found = np.bincount([batch.site for batch in drawn], minlength=sites)
+    return [int(count) for count in found]
 
 
 def _unit_counts(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,11 +27,11 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from fedgraft_client.entry import spent
+from fedgraft_client.entry import Entry, Kind, charges, spent
 from fedgraft_client.runtime import Runtime, Workbench
 from fedgraft_common.accounting import epsilon
 from fedgraft_common.mechanism import StepNoise
-from fedgraft_common.messages import ADAPTER, from_record
+from fedgraft_common.messages import ADAPTER, COUNTS, EVALUATE, from_record, read_counts
 from fedgraft_common.plan import Plan
 from fedgraft_common.secure_terms import to_vector
 from fedgraft_simulations.audit.part import AuditContext
@@ -69,6 +69,9 @@ class Trial:
         steps: what each site's steps use.
         adapter_std: (S,) promised standard deviation of a site's own noise in one message.
         claimed: the largest epsilon that a site's ledger was charged; infinite without DP.
+        charged: (S,) training steps that each site's ledger was charged for; 0 without DP.
+        counts: (E, 2 S) noise of each of E released evaluations in units of the promised standard
+            deviation: what left, less what was counted; E is 0 without evaluations.
         length: C, or 1 without DP.
     """
 
@@ -81,6 +84,8 @@ class Trial:
     steps: tuple[StepNoise, ...]
     adapter_std: NDArray[np.float64]
     claimed: float
+    charged: tuple[int, ...]
+    counts: NDArray[np.float64]
     length: float
 
     @property
@@ -148,8 +153,9 @@ def run_trial(
     with probe.opening():
         run = Rehearsal.run(plan, directory, lambda i: sites[i], on_round=on_round)
     plan = run.plan
-    charged = [spent(s.store.ledger.entries(), plan.hash) for s in run.sites]
-    claims = [epsilon(events, plan.privacy.delta) if events else np.inf for events in charged]
+    ledgers = [s.store.ledger.entries() for s in run.sites]
+    spendings = [spent(entries, plan.hash) for entries in ledgers]
+    claims = [epsilon(events, plan.privacy.delta) if events else np.inf for events in spendings]
     steps = tuple(s.step(plan) for s in run.sites)
     seen = np.where(canaries.kind == HEAD, probe.head, _sent(run, canaries, probe)) - probe.others
     opened = seen.sum(axis=1, dtype=np.float64)
@@ -168,6 +174,8 @@ def run_trial(
         steps=steps,
         adapter_std=std,
         claimed=float(max(claims)),
+        charged=tuple(_steps_charged(entries) for entries in ledgers),
+        counts=_noise_of_counts(run, probe, steps),
         length=length,
     )
 
@@ -200,6 +208,35 @@ def draw_canaries(
     )  # fmt: skip
 
 
+def _steps_charged(entries: Iterable[Entry]) -> int:
+    """Training steps that a ledger of one run was charged for."""
+    return sum(
+        int(entry.body["steps"])
+        for entry in charges(entries)
+        if entry.kind is Kind.RESERVE and entry.body["purpose"] == "train"
+    )
+
+
+def _noise_of_counts(
+    run: Rehearsal, probe: Probe, steps: Sequence[StepNoise]
+) -> NDArray[np.float64]:
+    """`Trial.counts`. Sensitivity of the two counts together: see `evaluation.py`."""
+    rounds: dict[int, NDArray[np.float64]] = {}
+    for exchange in run.exchanges(EVALUATE):
+        place = exchange.round, exchange.site
+        promised = steps[exchange.site].evaluation
+        if promised is None or place not in probe.exact:
+            continue
+        left = read_counts(exchange.reply.content.metric_records.get(COUNTS))
+        exact = probe.exact[place]
+        row = rounds.setdefault(exchange.round, np.full((len(steps), 2), np.nan))
+        std = promised.noise_multiplier * math.sqrt(2)
+        row[exchange.site] = (left.correct - exact.correct, left.total - exact.total)
+        row[exchange.site] /= std
+    found = [row.reshape(-1) for _, row in sorted(rounds.items()) if np.isfinite(row).all()]
+    return np.stack(found) if found else np.zeros((0, 2 * len(steps)))
+
+
 def _renamed(context: AuditContext, repetition: int) -> Plan:
     """The same plan under another name: simulated noise is drawn from a plan's hash."""
     key = hashlib.sha256(f"{context.seed} {repetition}".encode()).hexdigest()[:12]
@@ -229,6 +266,7 @@ def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float3
     if plan.secure:
         return probe.encoded
     sent = np.zeros_like(probe.encoded)
+    initial = to_vector(run.sites[0].bench(plan).initial, schema).astype(np.float64)[probe.where]
 
     def at(record: ArrayRecord) -> NDArray[np.float64]:
         tensors = from_record(record, schema)
@@ -240,6 +278,7 @@ def _sent(run: Rehearsal, canaries: Canaries, probe: Probe) -> NDArray[np.float3
         if plan.privacy.mechanism != "distributed":  # an adapter was sent: undo the steps' size
             start = at(exchange.request.content.array_records[ADAPTER])
             rate = plan.training.learning_rate * plan.step_scale(number)
-            values = (start - values) * plan.training.expected_batch / rate
+            pull = plan.training.weight_decay * plan.training.local_steps * (start - initial)
+            values = ((start - values) / rate - pull) * plan.training.expected_batch
         sent[number - 1, exchange.site] = values
     return sent

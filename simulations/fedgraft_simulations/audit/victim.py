@@ -78,7 +78,7 @@ class Victim(nn.Module):
     def __init__(self, encoder: nn.Module, head: LinearHead) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = LinearHead(head.linear.in_features, head.linear.out_features, head.task)
+        self.head = head.like()
         self.head.load_state_dict(head.state_dict())
         self.head.requires_grad_(False)
         self.adapter = {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -98,7 +98,7 @@ class Victim(nn.Module):
 
     def features(self, inputs: torch.Tensor) -> torch.Tensor:
         """(N, F) as they enter the head's linear layer: at unit length."""
-        return LinearHead.normalise(self.encoder(inputs))
+        return self.head.normalise(self.head.localise(self.encoder(inputs)))
 
     def _loss(
         self, adapter: dict[str, torch.Tensor], one: torch.Tensor, label: torch.Tensor

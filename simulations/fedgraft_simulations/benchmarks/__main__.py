@@ -28,6 +28,7 @@ class Name(StrEnum):
     ROUND_OVERHEAD = "round_overhead"
     GATEWAY_LATENCY = "gateway_latency"
     FEDERATION_OVERHEAD = "federation_overhead"
+    PRODUCTION_ROUNDS = "production_rounds"
     PREFIX_CACHE = "prefix_cache"
     SECURE_NOISE = "secure_noise"
     SECURE_AGGREGATION = "secure_aggregation"

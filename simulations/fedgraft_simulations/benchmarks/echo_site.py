@@ -1,6 +1,5 @@
 """A site that follows the protocol and does nothing else, as a resident process.
 
-    python -m fedgraft_simulations.benchmarks.echo_site IDENTITY             # through the gateway
     python -m fedgraft_simulations.benchmarks.echo_site ADDRESS KEY.pem [STATUS]  # without TLS
 
 Its replies differ from its requests: what is equal would not travel, because Flower addresses
@@ -23,8 +22,6 @@ from fedgraft_client.app import packed
 from fedgraft_client.connection import Dialler, FleetConnection
 from fedgraft_client.daemon import Daemon
 from fedgraft_client.health import Health
-from fedgraft_client.identity import load_identity
-from fedgraft_client.up import Link
 from fedgraft_common.logs import set_up_logs
 from fedgraft_common.messages import Status, read_request, write_reply
 
@@ -72,9 +69,5 @@ def without_tls(address: str, key_file: Path) -> Dialler:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        identity = load_identity(Path(sys.argv[1]))
-        answer(identity.facts.site, Link(identity, identity.directory.with_name("node")))
-    else:
-        file = Path(sys.argv[2])
-        answer(file.stem, without_tls(sys.argv[1], file), *map(Path, sys.argv[3:4]))
+    file = Path(sys.argv[2])
+    answer(file.stem, without_tls(sys.argv[1], file), *map(Path, sys.argv[3:4]))

@@ -57,7 +57,8 @@ class BlockModel(SiteModel):
     def forward(self, *cached: torch.Tensor) -> torch.Tensor:
         """As the class says; the site number comes last."""
         *inputs, site = cached
-        return super().forward(*inputs).masked_fill(self.owner != site[:, None], -math.inf)
+        logits: torch.Tensor = super().forward(*inputs)
+        return logits.masked_fill(self.owner != site[:, None], -math.inf)
 
     def split(self, heads: list[LinearHead]) -> None:
         """Sets the sites' heads to their blocks."""
@@ -78,6 +79,9 @@ def pooled(plan: Plan, sites: list[Site]) -> tuple[Tensors, list[LinearHead]]:
     """
     if plan.training.local_steps != 1 or plan.training.sample_rate is None:
         raise ValueError("a pool needs one step in a round and a common sample rate")
+    later = plan.training.model_dump(include={"weight_decay", "dropout", "alignment"}).values()
+    if any(later) or plan.augmentation.views > 1 or plan.head.local_affine:
+        raise ValueError("a pool has no views, weight decay, dropout, alignment or local affine")
     count, bench = len(sites), sites[0].bench(plan)
     step = sites[0].step(plan.replace({"aggregation.sites": count}))
     summed = plan.replace(

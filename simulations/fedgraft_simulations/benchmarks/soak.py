@@ -125,7 +125,7 @@ def watch(rounds: int, note: Callable[[Sample], None] = lambda _: None) -> list[
 
         def tell(finished: int) -> None:
             begun = samples[-1].round if samples else 0
-            if finished and finished - begun >= rounds / SAMPLES:
+            if finished - begun >= rounds / SAMPLES or finished == rounds > begun:
                 samples.append(look(federation, folder, finished, time.monotonic() - started))
                 note(samples[-1])
 

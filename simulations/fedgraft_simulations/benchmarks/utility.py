@@ -123,6 +123,7 @@ class Cell:
                 "training.head_learning_rate": self.step_size or 1.0,
                 "privacy.mechanism": mechanism if federated else "distributed",
                 "privacy.secure_aggregation": "summed",  # accuracy does not need the masks
+                "privacy.tolerated_colluders": 1,  # a curious site knows its own share of the noise
                 "privacy.epsilon": self.epsilon or 8.0,
                 "privacy.delta": DELTA,
                 "aggregation.strategy": "FedAvgM",

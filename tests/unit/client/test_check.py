@@ -190,12 +190,19 @@ def test_a_plan_is_held_against_policy_and_budget(home: Path, plan: Plan) -> Non
         check_policy(file, plan.replace({"privacy.epsilon": 9.0}), [])
     with pytest.raises(PolicyError, match="what the budget pays"):
         check_policy(file, plan, [SamplingEvent(0.25, 0.8, 60)])
-    with pytest.raises(PrivacyError, match="local, at a site with real data"):
-        check_policy(
-            file,
-            plan.replace({"privacy.mechanism": "distributed", "training.sample_rate": 0.25}),
-            [],
-        )
+    shared = plan.replace(
+        {
+            "privacy.mechanism": "distributed",
+            "training.sample_rate": 0.25,
+            "aggregation.sites": 4,
+        }
+    )
+    with pytest.raises(PrivacyError, match="at a site with real data"):
+        check_policy(file, shared.replace({"privacy.secure_aggregation": "summed"}), [])
+    with pytest.raises(PolicyError, match=r"policy\.mechanisms"):
+        check_policy(file, shared, [])
+    rules = file.policy.model_copy(update={"mechanisms": ("distributed",)})
+    check_policy(file.model_copy(update={"policy": rules}), shared, [])
 
 
 class Site:

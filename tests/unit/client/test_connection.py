@@ -16,6 +16,7 @@ from pathlib import Path
 import flwr
 import httpx
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -43,7 +44,11 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -53,7 +58,9 @@ from fedgraft_client import connection as module
 from fedgraft_client.connection import Dialler, FleetConnection, Limits, RunOver
 from fedgraft_common.errors import LinkError, MessageError
 from fedgraft_common.inflation import MessageLimits
-from fedgraft_common.messages import Status, write_reply
+from fedgraft_common.messages import Status, to_record, write_reply
+from fedgraft_common.packing import pack
+from fedgraft_common.parcel import LARGEST, unwrap, wrap
 
 NODE = 2**63 + 5
 KEY = ec.generate_private_key(ec.SECP384R1())
@@ -204,7 +211,7 @@ def test_nothing_that_fetches_or_ends_is_used() -> None:
 
 def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
     fake.offer(message())
-    pushed: list[str] = []
+    pushed: list[PushObjectRequest] = []
 
     def push_message(body: bytes) -> tuple[int, bytes]:
         request = PushMessagesRequest.FromString(body)
@@ -217,13 +224,13 @@ def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
             wanted.append(tree.object_id)
 
         walk(request.message_object_trees[0])
-        response = PushMessagesResponse(objects_to_push=wanted[:2], session_id="s")
+        response = PushMessagesResponse(objects_to_push=wanted, session_id="s")
         return 200, response.SerializeToString()
 
     def push_object(body: bytes) -> tuple[int, bytes]:
         request = PushObjectRequest.FromString(body)
         assert (request.session_id, request.run_id, request.node.node_id) == ("s", 7, NODE)
-        pushed.append(request.object_id)
+        pushed.append(request)
         return 200, PushObjectResponse(stored=True).SerializeToString()
 
     fake.answers |= {"push-messages": push_message, "push-object": push_object}
@@ -233,8 +240,13 @@ def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
         assert received is not None
         assert received.content == message().content
         assert received.metadata.message_id == received.object_id
-        line.send(line.prepare(write_reply(received, 1, Status.OK)))
-    assert len(pushed) == 2  # only what the server does not have
+        reply = write_reply(received, 1, Status.OK)
+        line.send(line.prepare(reply))
+    [parcel] = pushed  # a reply is one object
+    found = unwrap(parcel.object_id, parcel.object_content, MessageLimits())
+    assert found.content == reply.content
+    assert found.metadata.reply_to_message_id == received.metadata.message_id
+    assert fake.calls.count("pull-object") == 2  # the leaves of four objects
     calls = [call for call in fake.calls if call != "send-node-heartbeat"]
     assert calls[:2] == ["activate-node", "pull-messages"]
     assert calls.index("confirm-message-received") > calls.index("pull-object")
@@ -390,6 +402,7 @@ def test_a_lost_answer_is_asked_for_again(fake: Fake, call: str) -> None:
         FleetConnection(fake.address, KEY, tls=None) as line,
     ):
         line.receive()
+        line.receive()  # a message is confirmed before the next one is asked for
 
 
 def test_a_message_whose_answer_was_lost_is_not_asked_for_again(fake: Fake) -> None:
@@ -400,6 +413,75 @@ def test_a_message_whose_answer_was_lost_is_not_asked_for_again(fake: Fake) -> N
         with pytest.raises(LinkError, match="disconnected without sending a response"):
             line.receive()
         assert fake.calls.count("pull-messages") == 1
+
+
+def test_what_is_known_by_its_hash_does_not_come_twice(fake: Fake) -> None:
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        for kind in ("train", "query.unmask"):
+            sent = message()
+            sent.metadata.message_type = kind
+            fake.offer(sent)
+            received = line.receive()
+            assert received is not None
+            assert (received.content, received.metadata.message_type) == (sent.content, kind)
+    assert fake.calls.count("pull-object") == 2
+    assert fake.calls.count("confirm-message-received") == 2
+
+
+def test_a_request_may_come_as_one_object(fake: Fake) -> None:
+    sent = message()
+    content = wrap(sent)
+    assert content is not None
+    sent.metadata.__dict__["_message_id"] = name = get_object_id(content)
+    bare = make_message(metadata=sent.metadata, content=RecordDict())
+    response = PullMessagesResponse(
+        messages_list=[message_to_proto(bare)], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    fake.answers["pull-messages"] = (200, response.SerializeToString())
+    found = PullObjectResponse(object_found=True, object_available=True, object_content=content)
+    fake.answers["pull-object"] = (200, found.SerializeToString())
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        received = line.receive()
+        assert received is not None
+        assert received.content == sent.content
+        assert received.metadata.message_id == name
+        assert len(line.prepare(write_reply(received, 1, Status.OK)).contents) == 1
+
+
+def test_a_request_of_another_form_comes_as_well(fake: Fake) -> None:
+    sent = message()
+    sent.content["adapter"] = to_record({"a": torch.zeros(2), "b": torch.ones(3)})
+    fake.offer(sent)
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        received = line.receive()
+        assert received is not None
+        reply = line.prepare(write_reply(received, 1, Status.OK))
+    assert received.content == sent.content
+    assert fake.calls.count("pull-object") == 8  # each once
+    assert len(reply.contents) == 4  # whoever sent it may know nothing of parcels
+
+
+def test_a_large_reply_moves_in_pieces(fake: Fake) -> None:
+    half = pack(to_record({"a": torch.zeros(LARGEST // 8)}))
+    whole = pack(to_record({"a": torch.zeros(LARGEST // 4)}))
+    fake.offer(message())
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        request = line.receive()
+        assert request is not None
+        small, large = (
+            line.prepare(write_reply(request, 1, Status.OK, found)) for found in (half, whole)
+        )
+    assert list(small.contents) == [small.tree.object_id] == [small.message.metadata.message_id]
+    assert len(large.contents) == 6
+    assert large.tree.object_id == large.message.metadata.message_id
+
+
+def test_the_server_is_told_how_long_it_may_hold_a_question(fake: Fake) -> None:
+    with FleetConnection(fake.address, KEY, tls=None) as line:
+        assert line.receive(2.5) is None
+        assert fake.headers["prefer"] == "wait=2"
+        assert line.receive() is None
+        assert "prefer" not in fake.headers
 
 
 def test_a_reply_is_offered_again_when_an_object_was_not_taken(fake: Fake) -> None:

@@ -57,7 +57,7 @@ class World:
         self.connections += 1
         return self
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         self.questions.append(self.now)
         event = self.events.pop(0) if self.events else None
         if isinstance(event, Exception):
@@ -238,13 +238,17 @@ def test_a_reply_that_nobody_waits_for_is_dropped() -> None:
     assert world.connections == 1
 
 
-def test_a_damaged_message_is_noted_and_the_next_one_answered() -> None:
+def test_a_damaged_message_is_noted_and_the_next_one_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     error = MessageError("message", "too much", "less", "It was ignored.")
     world = World(error, RunOver(), request(2))
     made = run(world)
     assert len(world.sent) == 1
     assert world.connections == 1
     assert made.health.last_error == str(error)
+    [line] = [r.getMessage() for r in caplog.records if vars(r).get("action") == "refuse"]
+    assert line == str(error)
 
 
 @pytest.mark.parametrize("kind", ["train", "query", "evaluate", "train.other", "system"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,8 +197,8 @@ def test_a_round_on_a_full_device_ends_at_the_same_adapter(
     assert runtime.physical_batch == 8
     real = Workbench.trainer
 
-    def trainer(self: Workbench, head: object) -> object:
-        model, engine = real(self, head)  # type: ignore[arg-type]
+    def trainer(self: Workbench, *args: Any) -> object:
+        model, engine = real(self, *args)
 
         def full(part: Cached, labels: torch.Tensor) -> None:
             if len(labels) > 3:

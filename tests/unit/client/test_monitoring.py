@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import socket
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -16,9 +18,10 @@ from flwr.clientapp import ClientApp
 from flwr.proto.message_pb2 import ObjectTree
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedgraft_client import monitoring
 from fedgraft_client.connection import Outgoing
 from fedgraft_client.daemon import Daemon
-from fedgraft_client.health import State, read_health
+from fedgraft_client.health import Health, State, heartbeat, read_health
 from fedgraft_client.monitoring import monitored
 from fedgraft_client.site_file import Monitoring, SiteFile
 from fedgraft_common.errors import PolicyError
@@ -56,7 +59,7 @@ class Server:
         self.daemon: Daemon | None = None
         self.look: Callable[[], None] = lambda: None
 
-    def receive(self) -> Message | None:
+    def receive(self, wait: float = 0.0) -> Message | None:
         if self.messages:
             return self.messages.pop()
         self.look()
@@ -138,3 +141,31 @@ def test_a_taken_port_stops_the_start_and_leaves_the_daemon_as_it_was(tmp_path: 
         ):
             pass
     assert daemon.on_change is before
+
+
+def test_a_daemon_that_is_told_to_stop_in_a_long_round_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon itself writes nothing before the round is over; its heartbeat does."""
+    monkeypatch.setattr(monitoring, "heartbeat", partial(heartbeat, seconds=0.01))
+    status, server, app = tmp_path / "s.json", Server(), ClientApp()
+    seen: list[Health] = []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        daemon.stop()
+        end = time.monotonic() + 60
+        while not read_health(status).draining and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(read_health(status))
+        return write_reply(message, 2, Status.OK)
+
+    daemon = Daemon("ward", lambda: server, app, sleep=lambda _: None)
+    server.daemon = daemon
+    with monitored(daemon, site_file(None, None), status, lambda: []):
+        time.sleep(0.05)
+        assert not status.exists()  # nothing has begun
+        daemon.run()
+        time.sleep(0.05)  # some more beats
+    assert [(health.state, health.draining) for health in seen] == [(State.WORKING, True)]
+    assert read_health(status).state is State.STOPPED

@@ -70,9 +70,19 @@ def test_a_signer_vouches_for_backbones() -> None:
             "aggregation.sites: found 4; allowed: at least 5 (policy.minimum_sites)",
         ),
         (
-            {"mechanisms": ("distributed",), "minimum_honest_sites": 4},
+            {"mechanisms": ("distributed",), "minimum_honest_sites": 3},
             COMPANY,
-            "found 3; allowed: at least 4 (policy.minimum_honest_sites)",
+            "found 2; allowed: at least 3 (policy.minimum_honest_sites)",
+        ),
+        (
+            {"mechanisms": ("distributed",)},
+            COMPANY | {"privacy__tolerated_colluders": 0},
+            "privacy.tolerated_colluders: found 0; allowed: at least 1 (policy.minimum_colluders)",
+        ),
+        (
+            {"mechanisms": ("distributed",), "minimum_colluders": 2},
+            COMPANY,
+            "found 1; allowed: at least 2 (policy.minimum_colluders)",
         ),
         ({}, {"backbone__source": "timm:resnet18"}, "the SHA-256 of the weights"),
         ({}, {"backbone__weights": "other.safetensors"}, "the SHA-256 of the weights"),
@@ -86,6 +96,16 @@ def test_every_rule_can_be_broken(
         check_plan(Policy(**rules), plan(**changes), "record", STEP)
     assert words in str(caught.value)
     assert "Ask the coordinator" in str(caught.value)
+
+
+def test_a_distributed_plan_that_the_default_policy_takes() -> None:
+    rules = Policy(mechanisms=("distributed",))
+    assert (rules.minimum_sites, rules.minimum_colluders) == (3, 1)
+    smallest = COMPANY | {"aggregation__sites": 3, "privacy__tolerated_dropouts": 0}
+    for company in (COMPANY, smallest):
+        check_plan(rules, plan(**company), "record", STEP)
+    weaker = Policy(mechanisms=("distributed",), minimum_colluders=0)
+    check_plan(weaker, plan(**COMPANY, privacy__tolerated_colluders=0), "record", STEP)
 
 
 def test_a_plan_for_another_unit_is_refused() -> None:

@@ -17,12 +17,20 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft_client.egress import guard_secure
+from fedgraft_client.entry import Kind
 from fedgraft_client.ledger import Ledger
+from fedgraft_client.peers import Peers, Rule
 from fedgraft_client.secure_member import Membership, SecureMember
-from fedgraft_common.errors import EgressError, FedgraftError, LedgerError, MessageError
+from fedgraft_common.errors import (
+    EgressError,
+    FedgraftError,
+    IdentityError,
+    LedgerError,
+    MessageError,
+)
 from fedgraft_common.messages import SecureStep, Status, write_secure
 from fedgraft_common.plan import Plan
-from fedgraft_common.secure_aggregation import SecureRound, SecureServer
+from fedgraft_common.secure_aggregation import SecureRound, SecureServer, SecureSite
 from fedgraft_common.secure_messages import (
     Acceptance,
     Advertisement,
@@ -30,14 +38,19 @@ from fedgraft_common.secure_messages import (
     Delivery,
     Question,
     Sharing,
+    Statement,
     from_bits,
     to_bits,
 )
 from fedgraft_common.secure_terms import secure_terms
-from fedgraft_simulations.throwaway_keys import throwaway_keys
+from fedgraft_common.site_signature import Trust, key_fingerprint
+from fedgraft_simulations.throwaway_keys import throwaway_authority, throwaway_key
 
 NAMES, LENGTH, CONTEXT = ["east", "north", "south", "west"], 5, bytes(32)
-KEYS, TRUST = throwaway_keys(NAMES, dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
+NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+AUTHORITY = throwaway_authority(NOW)
+KEYS = {name: throwaway_key(AUTHORITY, name, NOW) for name in NAMES}
+TRUST = Trust(AUTHORITY.certificate, NOW)
 PLAN = Plan().replace(
     {
         "privacy.mechanism": "distributed",
@@ -52,6 +65,8 @@ PLAN = Plan().replace(
 class Sites:
     """Four sites on disk; each question meets a process that has just started."""
 
+    rule: Rule = "first"
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         terms = secure_terms(PLAN, LENGTH, 32, bytes(16), 1)
@@ -60,7 +75,8 @@ class Sites:
     def restarted(self, name: str, work: Callable[[SecureMember, Ledger], Any]) -> Any:
         with Ledger(self.directory / name, "x-rays") as ledger:
             membership = Membership(KEYS[name], lambda: TRUST)
-            return work(SecureMember(PLAN, LENGTH, 32, ledger, membership), ledger)
+            peers = Peers(ledger, self.directory / name / "peers", self.rule)
+            return work(SecureMember(PLAN, LENGTH, 32, ledger, membership, peers), ledger)
 
     def ask(self, name: str, step: SecureStep, number: int, content: bytes) -> bytes:
         def work(member: SecureMember, _: Ledger) -> bytes:
@@ -171,10 +187,52 @@ def test_a_crash_before_the_commit_leaves_the_round_open(sites: Sites) -> None:
         member.mask(1, vector(1), CONTEXT)
         member.mask(1, vector(2), CONTEXT)  # the same process goes on after a full disk
 
+    def again(member: SecureMember, _: Ledger) -> None:
+        member.mask(1, vector(4), CONTEXT)
+
     sites.restarted("north", dies)
     sites.mask("north", 1, vector(3))
     with pytest.raises(MessageError, match="a second one"):
-        sites.mask("north", 1, vector(4))
+        sites.restarted("north", again)
+
+
+def test_a_round_that_is_over_is_refused_before_it_is_charged(sites: Sites) -> None:
+    """Else a server could have a site's whole budget spent without getting anything."""
+    for name in NAMES[1:]:
+        sites.mask(name, 1, vector(0))
+    sites.ask("east", SecureStep.UNMASK, 1, question(sites, 1, 1, 2, 3))
+    sites.mask("north", 2, vector(0))
+
+    def spent(_: SecureMember, ledger: Ledger) -> object:
+        return ledger.spent()
+
+    for name, number, words in (
+        ("east", 1, "being unmasked"), ("north", 1, "after 2"), ("north", 2, "after 2"),
+    ):  # fmt: skip
+        before = sites.restarted(name, spent)
+        with pytest.raises(MessageError, match=words):
+            sites.mask(name, number, vector(1))
+        assert sites.restarted(name, spent) == before
+
+
+def test_a_site_that_joined_again_takes_part_in_a_new_set_up(sites: Sites) -> None:
+    """Its key is another, so its old state is of no use; the rounds it masked stay closed."""
+    sites.mask("north", 1, vector(0))
+    key = throwaway_key(AUTHORITY, "north", NOW)
+
+    def ask(number: int) -> bytes:
+        terms = secure_terms(PLAN, LENGTH, 32, b"another session.", number)
+        with Ledger(sites.directory / "north", "x-rays") as ledger:
+            peers = Peers(ledger, sites.directory / "north" / "peers", "first")
+            membership = Membership(key, lambda: TRUST)
+            member = SecureMember(PLAN, LENGTH, 32, ledger, membership, peers)
+            return member.answer(SecureStep.ADVERTISE, number, terms.to_bytes())
+
+    with pytest.raises(MessageError, match="first round of the set-up"):
+        ask(1)
+    first = ask(2)
+    assert Advertisement.from_bytes(first).site == "north"
+    assert ask(2) == first
 
 
 def test_terms_that_do_not_follow_from_the_plan(tmp_path: Path) -> None:
@@ -245,6 +303,54 @@ def test_a_step_without_a_set_up_or_out_of_order(tmp_path: Path) -> None:
             sites.ask("north", step, 1, b"")
     with pytest.raises(MessageError):
         sites.ask("north", SecureStep.ADVERTISE, 1, b"nonsense")
+
+
+def test_a_server_with_the_cas_key_cannot_take_the_peers_places(tmp_path: Path) -> None:
+    """In a second run, with keys of its own in three names: the one real site signs nothing."""
+    sites = Sites(tmp_path)
+    sites.set_up()
+    second = PLAN.replace({"name": "second"})
+    forged = {name: throwaway_key(AUTHORITY, name, NOW) for name in NAMES[:1] + NAMES[2:]}
+    server = SecureServer(secure_terms(second, LENGTH, 32, bytes(16), 1), TRUST)
+
+    def answer(step: SecureStep, content: bytes) -> bytes:
+        def work(_: SecureMember, ledger: Ledger) -> bytes:
+            peers = Peers(ledger, tmp_path / "north" / "peers", "first")
+            membership = Membership(KEYS["north"], lambda: TRUST)
+            member = SecureMember(second, LENGTH, 32, ledger, membership, peers)
+            return member.answer(step, 1, content)
+
+        found: bytes = sites.restarted("north", work)
+        return found
+
+    own = Advertisement.from_bytes(answer(SecureStep.ADVERTISE, server.terms.to_bytes()))
+    server.add_advertisement(own)
+    for key in forged.values():
+        server.add_advertisement(SecureSite(server.terms, key, bytes(32)).advertise())
+    with pytest.raises(IdentityError, match=r"3 that this site does not know \(east, south"):
+        answer(SecureStep.SHARE, server.close_roster().to_bytes())
+    honest = SecureServer(server.terms, TRUST)
+    honest.add_advertisement(own)
+    for name in forged:
+        honest.add_advertisement(SecureSite(server.terms, KEYS[name], bytes(32)).advertise())
+    answer(SecureStep.SHARE, honest.close_roster().to_bytes())  # nothing was signed before
+
+
+def test_what_a_ledger_says_of_roster_and_answers(sites: Sites) -> None:
+    for name in NAMES:
+        sites.mask(name, 1, vector(0))
+    answer = sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, 0, 1, 2, 3))
+
+    def bodies(_: SecureMember, ledger: Ledger) -> list[Any]:
+        return [dict(e.body) for e in ledger.entries() if e.kind is Kind.SECURE]
+
+    said = {body["step"]: body for body in sites.restarted("north", bodies)}
+    assert said["share"]["roster"] == sites.server.roster.digest.hex()
+    assert said["share"]["peers"] == {
+        name: key_fingerprint(KEYS[name].key.public_key()) for name in NAMES if name != "north"
+    }
+    statement = Statement.from_bytes(bytes.fromhex(said["unmask"]["statement"]))
+    assert statement == Answer.from_bytes(answer).statement
 
 
 # --- the egress guard

@@ -286,11 +286,20 @@ def spoilt(kind: str, start: Tensors) -> ArrayRecord:
         "NaN", "infinity", "misshapen", "oversized", "float64", "missing", "extra", "not numpy",
     ],
 )  # fmt: skip
-def test_a_malformed_adapter_is_refused(make_site: MakeSite, plan: Plan, kind: str) -> None:
+def test_a_malformed_adapter_is_refused(
+    make_site: MakeSite, plan: Plan, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     site = make_site()
     reply = site.answer(request(plan, 2, spoilt(kind, initial(site, plan))))
     assert_says_only(reply, 2, Status.MESSAGE)
     assert untouched(site)
+    [line] = refusals(caplog)
+    assert line.startswith("refused-message: adapter")
+
+
+def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the site's own log says."""
+    return [r.getMessage() for r in caplog.records if getattr(r, "action", "") == "refuse"]
 
 
 @pytest.mark.parametrize("value", [1e18, 1e38])
@@ -658,7 +667,9 @@ def signed(plan: Plan, number: int, site: Site, key: Ed25519PrivateKey, run: int
     return message
 
 
-def test_a_plan_without_the_operators_signature_is_refused(make_site: MakeSite, plan: Plan) -> None:
+def test_a_plan_without_the_operators_signature_is_refused(
+    make_site: MakeSite, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
     key = Ed25519PrivateKey.generate()
     site = make_site(simulated=False)
     site.operator_key = key.public_key()
@@ -669,6 +680,8 @@ def test_a_plan_without_the_operators_signature_is_refused(make_site: MakeSite, 
         assert_says_only(site.answer(message), 1, Status.PLAN)
         assert "signature" in str(site.last_error)
     assert untouched(site)
+    assert all(line.startswith("refused-plan: plan: signature") for line in refusals(caplog))
+    assert len(refusals(caplog)) == 2
     assert status(site.answer(signed(plan, 1, site, key))) == Status.OK
     unsigned = request(plan, 2, initial(site, plan))  # an accepted plan stays signed
     assert_says_only(site.answer(unsigned), 2, Status.PLAN)

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from fedgraft_common import accounting
 from fedgraft_common.accounting import (
     NOISE_RANGE,
     Accountant,
     SamplingEvent,
     calibrate_noise_multiplier,
     epsilon,
+    epsilon_bound,
 )
 from fedgraft_common.errors import PrivacyError
 
@@ -118,6 +120,15 @@ def test_a_dry_run_after_a_long_history_is_cheap() -> None:
     start = time.perf_counter()
     assert epsilon([*history, SamplingEvent(0.3, 5, 10)], 1e-5) > spent
     assert time.perf_counter() - start < cold / 2
+
+
+def test_a_long_run_keeps_its_history_and_not_every_round() -> None:
+    """A site asks in each round, for months; a composed distribution takes megabytes."""
+    accounting._composed_prefix.cache_clear()
+    earlier = SamplingEvent(0.5, 9.0, 60)
+    for rounds in range(1, 13):
+        epsilon_bound([earlier, SamplingEvent(0.5, 8.0, rounds)], 1e-5)
+    assert accounting._composed_prefix.cache_info().currsize == 1
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)

@@ -1,78 +1,96 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from fedgraft_common.accounting import SamplingEvent, epsilon
 from fedgraft_common.discrete_accounting import discrete_epsilon
+from fedgraft_common.discrete_gaussian import DiscreteGaussian, sampler
 from fedgraft_common.fixed_point import FixedPoint, fixed_point
 from fedgraft_common.plan import Plan
 
+SITES, DELTA = 16, 1e-5
 
-def encoding(target: float, rate: float, rounds: int = 60) -> FixedPoint:
+
+def encoding(
+    target: float, rate: float, dropouts: int = 2, colluders: int = 1, rounds: int = 60
+) -> FixedPoint:
     changes = {
         "privacy.mechanism": "distributed",
         "privacy.epsilon": target,
+        "privacy.tolerated_dropouts": dropouts,
+        "privacy.tolerated_colluders": colluders,
         "training.sample_rate": rate,
         "training.expected_batch": 20,
-        "aggregation.sites": 16,
+        "aggregation.sites": SITES,
         "rounds.count": rounds,
     }
     return fixed_point(Plan().replace(changes), 1440)
 
 
-@pytest.mark.parametrize(("target", "rate"), [(1.0, 0.5), (8.0, 0.5), (4.0, 0.25), (4.0, 1.0)])
-def test_two_computations_of_epsilon(target: float, rate: float) -> None:
-    """PLD through the continuous mechanism; Rényi moments of the discrete one, a looser bound."""
-    found = encoding(target, rate)
-    decided = epsilon([SamplingEvent(rate, found.noise_multiplier, 60)], 1e-5)
-    second = discrete_epsilon(found, rate, 60, 1e-5)
-    assert decided <= target
-    assert decided < second < 1.25 * decided
-    opacus = epsilon([SamplingEvent(rate, found.ratio, 60)], 1e-5, "rdp")
-    assert second == pytest.approx(opacus, rel=0.03)  # which also tries fractional orders
-
-
-def moment(std: float, sensitivity: int, rate: float, order: int) -> float:
-    """E_Q[((1 - q) + q P / Q)^a] by adding up every integer that matters."""
-    reach = int(order * sensitivity + 14 * std)
-    points = range(-reach, reach + 1)
-    weights = [math.exp(-(y**2) / (2 * std**2)) for y in points]
-    whole = math.fsum(weights)
-    return math.fsum(
-        w / whole
-        * (1 - rate + rate * math.exp((2 * y * sensitivity - sensitivity**2) / (2 * std**2)))
-        ** order
-        for y, w in zip(points, weights, strict=True)
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("std", "sensitivity"), [(0.7, 1), (2.0, 1), (5.0, 7), (40.0, 13)])
-@pytest.mark.parametrize("order", [2, 3, 5])
-@pytest.mark.parametrize("rate", [0.1, 1.0])
-def test_the_moments_are_those_of_the_sampled_gaussian(
-    std: float, sensitivity: int, order: int, rate: float
+@pytest.mark.parametrize(
+    ("target", "rate", "dropouts", "colluders"),
+    [(1.0, 0.5, 0, 1), (8.0, 0.5, 0, 0), (8.0, 0.5, 2, 3), (4.0, 0.25, 3, 3), (4.0, 1.0, 1, 1)],
+)
+def test_two_computations_of_epsilon(
+    target: float, rate: float, dropouts: int, colluders: int
 ) -> None:
-    """The identity in the docstring, at integer shifts even for very little noise."""
-    ratio = std / sensitivity
-    formula = math.fsum(
-        math.comb(order, k) * (1 - rate) ** (order - k) * rate**k
-        * math.exp((k * k - k) / (2 * ratio**2))
-        for k in range(order + 1)
-    )  # fmt: skip
-    assert moment(std, sensitivity, rate, order) == pytest.approx(formula, rel=1e-9)
+    """PLD of the continuous mechanism, as charged; PLD of the integers that are drawn."""
+    found = encoding(target, rate, dropouts, colluders)
+    decided = epsilon([SamplingEvent(rate, found.noise_multiplier, 60)], DELTA)
+    honest = SITES - dropouts - colluders
+    second = discrete_epsilon(found, honest, rate, 60, DELTA)
+    assert decided <= target
+    assert second == pytest.approx(decided, rel=0.01)
 
 
-def test_the_librarys_discrete_gaussian_agrees_with_the_continuous() -> None:
-    """dp_accounting's PLD of N_Z along one coordinate: a third computation of the same epsilon."""
-    from dp_accounting.pld import privacy_loss_distribution as pld
+Share = Callable[[FixedPoint], DiscreteGaussian]
 
+
+def _weak(field: FixedPoint) -> DiscreteGaussian:
+    """Five percent too little noise."""
+    return sampler(0.95 * _right(field).std)
+
+
+def _of_all(field: FixedPoint) -> DiscreteGaussian:
+    """A wrong h: the noise is spread over all sites, as if none could drop out or collude."""
+    return sampler(_right(field).std * math.sqrt(field.shares / field.sites))
+
+
+def _one_more(field: FixedPoint) -> DiscreteGaussian:
+    """A wrong h, by one."""
+    return sampler(_right(field).std * math.sqrt(field.shares / (field.shares + 1)))
+
+
+def _right(field: FixedPoint) -> DiscreteGaussian:
+    full = field.noise_multiplier * field.sensitivity * field.scale
+    return sampler(math.sqrt((full**2 + 9) / field.shares))
+
+
+@pytest.mark.parametrize("share", [_weak, _of_all, _one_more])
+def test_it_catches_wrong_noise(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
     found = encoding(8.0, 0.5)
-    sensitivity = 200
-    one = pld.from_discrete_gaussian_mechanism(
-        found.noise_multiplier * sensitivity, sensitivity=sensitivity, sampling_prob=0.5
-    )
-    discrete = one.self_compose(60).get_epsilon_for_delta(1e-5)
-    continuous = epsilon([SamplingEvent(0.5, found.noise_multiplier, 60)], 1e-5)
-    assert discrete == pytest.approx(continuous, rel=0.002)
+    decided = epsilon([SamplingEvent(0.5, found.noise_multiplier, 60)], DELTA)
+    assert found.share.std == _right(found).std
+    monkeypatch.setattr(FixedPoint, "share", property(share))
+    assert discrete_epsilon(found, SITES - 3, 0.5, 60, DELTA) > 1.02 * decided
+
+
+def test_the_variance_is_that_of_the_samples() -> None:
+    random = np.random.default_rng(0)
+    for std in (6.0, 700.0, 5e6):
+        drawn = DiscreteGaussian(std)
+        assert math.sqrt(drawn.variance) == pytest.approx(std, rel=1e-9)
+        values = drawn.sample(200_000, lambda n: random.integers(0, 2**64, n, dtype=np.uint64))
+        assert values.std() == pytest.approx(math.sqrt(drawn.variance), rel=0.01)
+
+
+@pytest.mark.parametrize("width", [500, 4000])
+def test_the_width_of_the_grid_does_not_matter(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = encoding(8.0, 0.5)
+    usual = discrete_epsilon(found, SITES - 3, 0.5, 60, DELTA)
+    monkeypatch.setattr("fedgraft_common.discrete_accounting.WIDTH", width)
+    assert discrete_epsilon(found, SITES - 3, 0.5, 60, DELTA) == pytest.approx(usual, rel=1e-4)

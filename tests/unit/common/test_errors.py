@@ -26,6 +26,13 @@ def test_text_values_are_quoted_so_that_blanks_show() -> None:
     assert "found ' x\\n';" in str(PlanError("name", " x\n", "a name", "Rename."))
 
 
+def test_what_a_server_sent_is_not_written_out_whole() -> None:
+    error = PlanError("x" * 2**20, "y" * 2**20, "a name", "Rename.")
+    assert len(str(error)) < 1200
+    assert "(1,048,578 characters)" in str(error)  # with its quotes
+    assert error.value == "y" * 2**20
+
+
 @pytest.mark.parametrize("kind", TREE)
 def test_docstring_draws_the_whole_tree(kind: type[FedgraftError]) -> None:
     assert kind.__name__ in (errors.__doc__ or "")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from fedgraft_common.errors import PlanError
-from fedgraft_common.plan import Plan, load_plan, parse_override, parse_plan
+from fedgraft_common.plan import LATER_TABLES, Plan, load_plan, parse_override, parse_plan
 
 SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation
@@ -21,6 +21,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
 SIMULATION_ONLY = {"data", "sites", "comparison"}
 DISTRIBUTED = {"privacy.mechanism": "distributed", "training.sample_rate": 0.5}
 
+# What some fields need beside them.
+START = {"adapter.start": "earlier/adapter", "adapter.start_sha256": "1" * 64}
+NEEDED: dict[str, dict[str, object]] = {
+    "adapter.start": dict(START),
+    "adapter.start_sha256": dict(START),
+    "training.proximal": {"training.local_steps": 2},
+}
 # One other valid value for every field that the hash covers.
 CHANGES: dict[str, object] = {
     "name": "other",
@@ -41,7 +48,12 @@ CHANGES: dict[str, object] = {
     "adapter.alpha": 8.0,
     "adapter.layers": "last:2",
     "adapter.targets": ["query"],
+    "adapter.start": "runs/earlier/adapter",
+    "adapter.start_sha256": "0" * 64,
     "head.training": "private",
+    "head.start_noise": 4.0,
+    "head.prompt": "an X-ray of {}",
+    "head.local_affine": True,
     "head.scale": 2.0,
     "training.class_weights": {"ill": 2.0},
     "training.expected_batch": 12.0,
@@ -50,6 +62,18 @@ CHANGES: dict[str, object] = {
     "training.learning_rate": 0.5,
     "training.schedule": "constant",
     "training.head_learning_rate": 0.5,
+    "training.weight_decay": 0.1,
+    "training.proximal": 0.1,
+    "training.dropout": 0.1,
+    "training.alignment": 0.1,
+    "augmentation.views": 4,
+    "augmentation.flip": True,
+    "augmentation.shift": 0.0,
+    "augmentation.rotate": 0.0,
+    "augmentation.zoom": 0.0,
+    "augmentation.brightness": 0.0,
+    "augmentation.contrast": 0.0,
+    "augmentation.noise": 0.1,
     "privacy.mechanism": "none",
     "privacy.epsilon": 2.0,
     "privacy.delta": 1e-6,
@@ -59,7 +83,7 @@ CHANGES: dict[str, object] = {
     "evaluation.every": 5,
     "evaluation.noise_multiplier": 3.0,
     "privacy.tolerated_dropouts": 1,
-    "privacy.tolerated_colluders": 1,
+    "privacy.tolerated_colluders": 2,
     "aggregation.strategy": "FedAvgM",
     "aggregation.options": {"server_momentum": 0.9},
     "aggregation.sites": 7,
@@ -84,7 +108,7 @@ def hashed_fields() -> set[str]:
     ("document", "field", "found", "allowed"),
     [
         ({"privacy": {"epsilonn": 3}}, "privacy.epsilonn", "3", "one of clipping_norm, delta"),
-        ({"privcy": {}}, "privcy", "{}", "one of adapter, aggregation, backbone"),
+        ({"privcy": {}}, "privcy", "{}", "one of adapter, aggregation, augmentation"),
         ({"privacy": {"epsilon": 0}}, "privacy.epsilon", "0", "greater than 0"),
         ({"privacy": {"epsilon": -2.5}}, "privacy.epsilon", "-2.5", "greater than 0"),
         ({"privacy": {"epsilon": float("nan")}}, "privacy.epsilon", "nan", "finite number"),
@@ -145,7 +169,13 @@ def test_more_sites_needed_than_there_are() -> None:
 def test_default_is_the_hash_of_the_canonical_form() -> None:
     plan = Plan()
     assert plan.hash == hashlib.sha256(plan.canonical.encode()).hexdigest()
-    assert json.loads(plan.canonical).keys() == Plan.model_fields.keys() - SIMULATION_ONLY
+    hashed = Plan.model_fields.keys() - SIMULATION_ONLY
+    assert json.loads(plan.canonical).keys() == hashed - set(LATER_TABLES)
+    every = plan.replace({"augmentation.views": 2})
+    assert json.loads(every.canonical).keys() == hashed
+    assert (
+        plan.hash == "e7d329fdfd9b04068fc1718c132a0b372fa62512c0dfb3feaa1850c58dc7362c"
+    )  # also what it was before those tables
 
 
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
@@ -176,7 +206,8 @@ def test_every_hashed_field_has_a_change() -> None:
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_hash_depends_on_every_other_field(field: str) -> None:
-    assert Plan().replace({field: CHANGES[field]}).hash != Plan().hash
+    base = Plan().replace(NEEDED.get(field, {}))
+    assert base.replace({field: CHANGES[field]}).hash != base.hash
 
 
 def fractions(maximum: float) -> st.SearchStrategy[float]:
@@ -362,6 +393,28 @@ def test_noise_shares() -> None:
     for sites in (None, 5):
         with pytest.raises(PlanError, match=r"aggregation\.sites: found .*more than 5"):
             _ = Plan().replace({"aggregation.sites": sites} | lost).noise_shares
+
+
+def test_one_colluder_is_tolerated_unless_a_plan_says_otherwise() -> None:
+    """Every site knows its own noise share, and the promise is against the other sites, too."""
+    shared = {"privacy.mechanism": "distributed", "training.sample_rate": 0.5}
+    plan = Plan().replace(shared | {"aggregation.sites": 8})
+    assert plan.privacy.tolerated_colluders == 1 and plan.noise_shares == 7
+    assert plan.replace({"privacy.tolerated_colluders": 0}).noise_shares == 8
+
+
+@pytest.mark.parametrize("aggregation", ["real", "summed"])
+def test_two_sites_cannot_share_noise(aggregation: str) -> None:
+    changes = {
+        "privacy.mechanism": "distributed",
+        "privacy.secure_aggregation": aggregation,
+        "training.sample_rate": 0.5,
+        "aggregation.sites": 3,
+    }
+    plan = Plan().replace(changes)
+    with pytest.raises(PlanError, match=r"aggregation\.sites=2 .*at least 3.*'local'"):
+        plan.replace({"aggregation.sites": 2})
+    assert plan.replace({"aggregation.sites": 2, "privacy.mechanism": "local"})
 
 
 def test_sums_are_masked_unless_a_distributed_plan_says_otherwise() -> None:

@@ -48,7 +48,7 @@ from fedgraft_common.secure_messages import (
     Terms,
     to_bits,
 )
-from fedgraft_common.site_signature import SiteKey, key_fingerprint
+from fedgraft_common.site_signature import SiteKey
 from fedgraft_simulations.secure_rounds import SecureRounds, Step
 from fedgraft_simulations.throwaway_keys import (
     throwaway_authority,
@@ -409,20 +409,6 @@ def test_a_certificate_that_the_ca_did_not_issue_is_refused() -> None:
     with pytest.raises(IdentityError, match=f"certificate of site {NAMES[1]}"):
         site.share(swapped(honest, 1, advertise(NAMES[1], agreed, foreign)), TRUST)
     assert site.roster is None
-
-
-def test_a_server_with_the_cas_key_is_caught_by_a_pinned_key() -> None:
-    agreed = terms(3, 1, 0)
-    authority = throwaway_authority(NOW)
-    trust = replace(TRUST, ca=authority.certificate)
-    keys = [throwaway_key(authority, name, NOW) for name in NAMES[:3]]
-    site = SecureSite(agreed, keys[0], secret(NAMES[0]))
-    stolen = throwaway_key(authority, NAMES[1], NOW)
-    roster = Roster((site.advertise(), *(advertise(k.name, agreed, k) for k in (stolen, keys[2]))))
-    site.share(roster, trust)  # the CA's word is all there is
-    pinned = replace(trust, pinned={NAMES[1]: key_fingerprint(keys[1].key.public_key())})
-    with pytest.raises(IdentityError, match="which this site knows"):
-        SecureSite(agreed, keys[0], secret(NAMES[0])).share(roster, pinned)
 
 
 def test_one_site_under_two_names_is_refused() -> None:

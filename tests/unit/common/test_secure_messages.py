@@ -173,7 +173,7 @@ def test_lists() -> None:
 
 @pytest.mark.parametrize(
     ("n", "d", "c"),
-    [(2, 0, 0), (3, 0, 2), (3, 1, 0), (4, 1, 1), (8, 2, 1), (100, 9, 9), (16, 3, 3)],
+    [(3, 0, 0), (3, 0, 2), (3, 1, 0), (4, 1, 1), (8, 2, 1), (100, 9, 9), (16, 3, 3)],
 )
 def test_terms_that_can_be_met(n: int, d: int, c: int) -> None:
     terms = replace(TERMS, sites=n, dropouts=d, colluders=c)
@@ -182,7 +182,7 @@ def test_terms_that_can_be_met(n: int, d: int, c: int) -> None:
 
 @pytest.mark.parametrize(
     ("n", "d", "c"),
-    [(2, 0, 2), (2, 1, 0), (3, 1, 1), (8, 2, 2), (100, 9, 10), (6, 2, 0), (3, 3, 0)],
+    [(3, 0, 3), (3, 1, 1), (8, 2, 2), (100, 9, 10), (6, 2, 0), (3, 3, 0)],
 )
 def test_terms_under_which_a_server_could_cheat_are_refused(n: int, d: int, c: int) -> None:
     with pytest.raises(PlanError, match=r"tolerated_dropouts.*Tolerate fewer"):
@@ -192,7 +192,7 @@ def test_terms_under_which_a_server_could_cheat_are_refused(n: int, d: int, c: i
 @pytest.mark.parametrize(
     "change",
     [
-        {"bits": 16}, {"rounds": 0}, {"first_round": 0}, {"length": 0}, {"sites": 1},
+        {"bits": 16}, {"rounds": 0}, {"first_round": 0}, {"length": 0}, {"sites": 2},
         {"dropouts": -1}, {"colluders": -1}, {"run": b""}, {"session": bytes(15)},
         {"rounds": 10**6}, {"length": 2**40}, {"sites": 10**5},
     ],

@@ -92,14 +92,12 @@ def test_what_is_no_certificate_is_refused(content: bytes) -> None:
         TRUST.check("a", content)
 
 
-def test_a_pinned_peer_must_keep_its_key_and_may_renew_its_certificate() -> None:
-    pinned = replace(TRUST, pinned={"a": key_fingerprint(SITE.key.public_key())})
+def test_a_renewed_certificate_has_the_same_fingerprint_of_its_key() -> None:
+    known = key_fingerprint(SITE.key.public_key())
     renewed = AUTHORITY.issue_site("a", SITE.key.public_key(), dt.timedelta(hours=1), NOW)
-    assert pinned.check("a", der(renewed)) == SITE.key.public_key()
+    assert key_fingerprint(TRUST.check("a", der(renewed))) == known
     stolen = throwaway_key(AUTHORITY, "a", NOW)  # the CA's key used for a second site of the name
-    assert TRUST.check("a", stolen.certificate_der) == stolen.key.public_key()
-    with pytest.raises(IdentityError, match="which this site knows"):
-        pinned.check("a", stolen.certificate_der)
+    assert key_fingerprint(TRUST.check("a", stolen.certificate_der)) != known
 
 
 def test_a_site_signs_with_its_own_key_and_name_only() -> None:

@@ -328,3 +328,14 @@ def test_requests_can_be_answered() -> None:
     (request, *_) = Aggregator(plan("FedAvg"), SCHEMA).requests(1, start(), grid())
     request.metadata.__dict__["_message_id"] = "1"
     assert Message(RecordDict(), reply_to=request).metadata.reply_to_message_id == "1"
+
+
+def test_weight_decay_draws_a_distributed_adapter_back_to_where_the_run_started() -> None:
+    decayed = plan("FedAvg", mechanism="distributed").replace(
+        {"training.weight_decay": 0.5, "training.learning_rate": 1.0}
+    )
+    away = {name: tensor + 2 for name, tensor in start().items()}
+    nothing = [{name: torch.zeros_like(tensor) for name, tensor in away.items()}] * SITES
+    found = Aggregator(decayed, SCHEMA, initial=start()).next_adapter(1, away, nothing)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, start()[name] + 1, atol=1e-6)

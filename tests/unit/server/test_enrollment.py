@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import json
 from collections.abc import Iterator
@@ -46,6 +47,15 @@ def enrollment(registry: Registry, tmp_path: Path) -> Enrollment:
     return Enrollment(registry, settings, authority, "operator", lambda: NOW)
 
 
+def unheard_of(pem: str, known: str) -> str:
+    """The same PEM with an object identifier (hexadecimal) that stands for nothing."""
+    begin, *lines, end = pem.strip().splitlines()
+    der = base64.b64decode("".join(lines))
+    assert bytes.fromhex(known) in der
+    other = der.replace(bytes.fromhex(known), bytes.fromhex(known)[:-1] + b"\x7f")
+    return "\n".join([begin, base64.b64encode(other).decode(), end, ""])
+
+
 def body(registry: Registry, **changes: str) -> bytes:
     secret = registry.invite("north", (), dt.timedelta(hours=1))
     content = {"secret": secret, "request": request("admin"), "node_key": NODE_KEY}
@@ -72,8 +82,8 @@ def test_a_node_key_is_kept_as_flower_compares_it(
 
 @pytest.mark.parametrize(
     "node_key",
-    ["", "é", public_pem(KEY.public_key()), NODE_KEY[:-40]],
-    ids=["none", "text", "p256", "damaged"],
+    ["", "é", public_pem(KEY.public_key()), NODE_KEY[:-40], unheard_of(NODE_KEY, "2b81040022")],
+    ids=["none", "text", "p256", "damaged", "unheard-of"],
 )
 def test_other_node_keys_do_not_use_up_the_invite(
     registry: Registry, enrollment: Enrollment, node_key: str
@@ -83,6 +93,19 @@ def test_other_node_keys_do_not_use_up_the_invite(
     with pytest.raises(IdentityError, match="a public EC P-384 key in PEM"):
         enrollment.join(bad)
     assert enrollment.join(good)["name"] == "north"
+
+
+@pytest.mark.parametrize(
+    "known",
+    ["2a8648ce3d030107", "2a8648ce3d0201", "2a8648ce3d040302"],
+    ids=["curve", "key", "signature"],
+)
+def test_requests_with_algorithms_that_nobody_knows(
+    registry: Registry, enrollment: Enrollment, known: str
+) -> None:
+    bad = json.loads(body(registry)) | {"request": unheard_of(request("north"), known)}
+    with pytest.raises(IdentityError, match="signed with its own EC P-256 key"):
+        enrollment.join(json.dumps(bad).encode())
 
 
 def test_renewal_keeps_the_key(registry: Registry, enrollment: Enrollment) -> None:

@@ -28,6 +28,7 @@ from flwr.superlink.grid import HttpGrid
 from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import Status, read_status, to_record, write_reply
 from fedgraft_common.packing import pack
+from fedgraft_common.parcel import wrap
 from fedgraft_server.replies import Replies
 
 
@@ -108,8 +109,9 @@ def test_complete_replies_are_handed_over_once(api: Api, replies: Replies) -> No
     assert [m.metadata.src_node_id for m in found] == [3, 4]
     assert found[0].content == first.content
     assert found[1].metadata.message_id == second.object_id
-    assert sorted(api.confirmed) == sorted([first.object_id, second.object_id])
     assert replies.collect(["r3"]) == []
+    replies.tidy()
+    assert sorted(api.confirmed) == sorted([first.object_id, second.object_id])
 
 
 def test_nobody_waits_for_a_reply_that_is_still_being_sent(api: Api, replies: Replies) -> None:
@@ -134,6 +136,47 @@ def test_a_reply_that_was_lost_or_altered_is_dropped(api: Api, replies: Replies)
     assert not api.confirmed
 
 
+def parcel(api: Api, node: int, **forged: Any) -> Message:
+    """A reply to r1 as one object; what it says inside may be another than it is announced with."""
+    sent = api.arrive("r1", node)
+    for fact, value in forged.items():
+        sent.metadata.__dict__["_" + fact] = value
+    content = wrap(sent)
+    assert content is not None
+    name = hashlib.sha256(content).hexdigest()
+    sent.metadata.__dict__.update(
+        _src_node_id=node, _reply_to_message_id="r1", _run_id=1, _message_id=name
+    )  # fmt: skip
+    api.objects = {name: content}
+    announced = message_to_proto(make_message(metadata=sent.metadata, content=RecordDict()))
+    response = PullAppMessagesResponse(
+        messages_list=[announced], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    return sent
+
+
+def test_a_reply_may_come_as_one_object(api: Api, replies: Replies) -> None:
+    sent = parcel(api, 3)
+    assert replies.able == set()
+    [found] = replies.collect(["r1"])
+    assert found.content == sent.content
+    assert found.metadata.message_id == sent.metadata.message_id
+    assert replies.able == {3}
+
+
+@pytest.mark.parametrize(
+    "forged", [{"src_node_id": 4}, {"reply_to_message_id": "r2"}, {"run_id": 9}]
+)
+def test_a_parcel_says_who_sent_it_as_its_announcement_does(
+    api: Api, replies: Replies, forged: dict[str, Any]
+) -> None:
+    parcel(api, 3, **forged)
+    [found] = replies.collect(["r1"])
+    assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
+    assert read_status(found) is Status.FAILED
+
+
 @pytest.mark.parametrize("fact", ["src_node_id", "reply_to_message_id"])
 def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str) -> None:
     """What a message says inside is the site's own word; what it was announced with counts."""
@@ -156,6 +199,7 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
     [found] = replies.collect(["r1"])
     assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
     assert read_status(found) is Status.FAILED
+    replies.tidy()
     assert api.confirmed == [name]
 
 
@@ -163,15 +207,18 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
     "limits", [MessageLimits(bytes=300), MessageLimits(objects=3), MessageLimits(description=20)]
 )
 def test_a_reply_beyond_the_limits_is_an_answer_without_content(
-    api: Api, replies: Replies, limits: MessageLimits
+    api: Api, replies: Replies, limits: MessageLimits, caplog: pytest.LogCaptureFixture
 ) -> None:
     replies._limits = limits
     api.arrive("r1", 30)
     [found] = replies.collect(["r1"])
     assert found.metadata.src_node_id == 30
     assert read_status(found) is Status.FAILED
-    assert len(api.confirmed) == 1
     assert replies.collect(["r1"]) == []
+    [record] = [vars(r) for r in caplog.records if vars(r).get("action") == "refuse"]
+    assert record["site"] == 30
+    replies.tidy()
+    assert len(api.confirmed) == 1
 
 
 def test_what_a_restarted_site_had_begun_to_send_is_forgotten(api: Api, replies: Replies) -> None:

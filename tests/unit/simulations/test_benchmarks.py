@@ -7,7 +7,9 @@ import json
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,7 @@ from fedgraft_simulations.benchmarks import (
     echo_site,
     federation_overhead,
     glyph_vit,
+    idle_site,
     peer,
     prefix_cache,
     round_overhead,
@@ -215,14 +218,24 @@ def test_the_networked_echo_sends_something_new_from_every_site_in_every_round()
     assert len(seen) == 4
 
 
-def test_the_networked_ways_run_the_same_plan_with_their_own_apps() -> None:
-    for server in ("fedgraft_app", "flower_app"):
-        [text] = federation_overhead.bundle(server).values()
-        named = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["components"]
-        module, _, name = named["serverapp"].partition(":")
-        assert isinstance(getattr(import_module(module), name), ServerApp)
-        module, _, name = named["clientapp"].partition(":")
-        assert getattr(import_module(module), name) is echo_site.app
+def test_the_stock_way_has_its_own_apps() -> None:
+    [text] = federation_overhead.bundle("flower_app").values()
+    named = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["components"]
+    module, _, name = named["serverapp"].partition(":")
+    assert isinstance(getattr(import_module(module), name), ServerApp)
+    module, _, name = named["clientapp"].partition(":")
+    assert getattr(import_module(module), name) is echo_site.app
+
+
+def test_an_idle_site_counts_what_it_carries() -> None:
+    traffic = idle_site.Traffic()
+    request = httpx.Request("POST", "https://server/", content=b"four", headers={"a": "bc"})
+    answer = httpx.Response(200, content=b"answer")
+    send = traffic.watched(lambda client, context, **_: answer)
+    headers = sum(len(name) + len(value) + 4 for name, value in request.headers.raw)
+    for _ in range(2):
+        assert send(None, SimpleNamespace(request=request), stream=True) is answer
+    assert traffic.totals == [2 * (headers + 4), 12, 2]
 
 
 def test_a_small_crowd_of_sites_runs_in_one_process(resnet_directory: Path, tmp_path: Path) -> None:

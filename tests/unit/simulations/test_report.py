@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -264,6 +265,24 @@ def test_charts_draw_the_numbers(width: int) -> None:
     assert [ys[0] for ys in curves] == pytest.approx([0.26, 0.28, 0.30])
     bars = bytes_chart(study, width).axes[0].patches
     assert [bar.get_width() for bar in bars] == [0, 0, 4096, 4096, 4096]
+
+
+def test_of_the_pool_every_record_left() -> None:
+    comparison = make_comparison()
+    pool = Row("central", "pooled, DP", 7.991, (0.9,) * 4, (0.9,) * 4)
+    study = Study((replace(comparison, rows=(*comparison.rows, pool)),))
+    words = [text.get_text() for text in bytes_chart(study, WIDE).axes[0].texts]
+    assert words == ["nothing leaves"] * 2 + ["4.1 kB"] * 3 + ["all records, once"]
+
+
+def test_a_score_that_a_site_cannot_have_is_a_dash(tmp_path: Path) -> None:
+    """AUC where everybody held out is ill."""
+    comparison = make_comparison()
+    rows = tuple(replace(row, refit=(math.nan, *row.refit[1:])) for row in comparison.rows)
+    page = page_of(Study((replace(comparison, rows=rows),)), tmp_path)
+    text = Page(page).text
+    assert "nan" not in re.sub(r"data:\S+", "", text.lower()).split()
+    assert "8.00 – – – – –" in text
 
 
 def test_rows_that_spend_alike_share_one_line_of_epsilon() -> None:

@@ -29,12 +29,14 @@ TITLES = {
     "distributed": "federated, distributed mechanism",
     "none": "federated, no DP",
 }
+POOL = {"central": "pooled, DP", "central-none": "pooled, no DP"}
 
 
 def make_study(
     seeds: int = 1,
     sites: tuple[str, ...] = ("branch-00", "branch-01"),
     mechanism: str = "distributed",
+    pool: bool = False,
 ) -> Study:
     lost = {"tolerated_dropouts": 1, "tolerated_colluders": 1}
     promised = math.inf if mechanism == "none" else 7.991
@@ -56,7 +58,7 @@ def make_study(
                 tuple(0.7 + 0.01 * number + 0.02 * seed for number in range(len(sites))),
                 () if key.startswith("alone") else (0.5,) * len(sites),
             )
-            for key, title in TITLES.items()
+            for key, title in {**TITLES, **(POOL if pool else {})}.items()
         )  # fmt: skip
         plan = parse_plan(document, origin="test")
         comparisons.append(Comparison(plan, facts, rows, (), (), 1.0))
@@ -114,6 +116,17 @@ def test_site_table_fits_80_columns_and_has_every_site() -> None:
         "no", "DP",
     ]  # fmt: skip
     assert "delta 1e-5" in " ".join(lines)
+
+
+def test_site_table_with_the_pool_says_the_noise_below_and_folds_no_heading() -> None:
+    study = make_study(pool=True, sites=("cleveland", "switzerland"))
+    lines = rendered(site_table(study))
+    assert max(map(cell_len, lines)) <= 80
+    heading = next(line for line in lines if line.startswith("site"))
+    assert heading.split()[:2] == ["site", "records"] and "sigma" not in heading
+    assert any(line.startswith("switzerland ") for line in lines)
+    said = " ".join(" ".join(lines).split())
+    assert "the plan's mechanism: q 0.5, sigma 4.12, epsilon 8.00 at delta 1e-5." in said
 
 
 def test_long_site_names_are_folded_not_cut() -> None:

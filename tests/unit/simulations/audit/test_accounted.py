@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 
-from fedgraft_client.egress import digest_counts, guard, guard_counts
+from fedgraft_client.egress import digest_counts, guard, guard_counts, guard_secure
 from fedgraft_common.errors import FedgraftError
 from fedgraft_common.messages import (
     ADAPTER,
@@ -23,7 +23,9 @@ from fedgraft_common.messages import (
     to_record,
     write_counts,
     write_reply,
+    write_secure,
 )
+from fedgraft_common.secure_messages import Sharing
 from fedgraft_simulations.audit.accounted import account_for, why_not
 from fedgraft_simulations.audit.rehearsal import Exchange
 from fedgraft_simulations.local_grid import LocalGrid
@@ -143,3 +145,21 @@ def test_an_error_text_instead_of_a_reply_is_found() -> None:
     asked = request()
     reply = Message(Error(0, "no file /data/Anna.npz"), reply_to=asked)
     assert why_not(as_sent(asked, reply), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("message", "explained"),
+    [
+        (Sharing("a", b"r" * 32, (b"", b"c" * 82, b"c" * 82), b"s" * 64).to_bytes(), True),
+        (Sharing("a", b"r" * 32, (b"", b"c" * 82, b"c" * 99), b"s" * 64).to_bytes(), False),
+        (Sharing("a", b"r" * 32, (b"", b"c" * 82), b"s" * 64).to_bytes() + b"more", False),
+        (b"age 47, diabetic", False),
+    ],
+)
+def test_a_message_of_secure_aggregation_is_its_fields_and_no_more(
+    message: bytes, explained: bool
+) -> None:
+    asked = request("query.share")
+    reply = guard_secure(write_secure(asked, 5, Status.OK, message), asked, 5, lambda _: True)
+    exchange = as_sent(asked, reply, "query.share")
+    assert (why_not(exchange, SCHEMA) is None) is explained

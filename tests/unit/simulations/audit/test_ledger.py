@@ -13,11 +13,13 @@ from fedgraft_client.account import export, read_ledger
 from fedgraft_client.entry import GENESIS, Charge, Entry, Kind
 from fedgraft_client.ledger import Ledger
 from fedgraft_client.policy import Policy
+from fedgraft_client.site_file import Data
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.errors import LedgerError
 from fedgraft_common.mechanism import step_noise
 from fedgraft_common.plan import Plan, parse_plan
-from fedgraft_simulations.audit.ledger import Account, LedgerPart, audit_account
+from fedgraft_simulations.audit.account import Account, audit_account
+from fedgraft_simulations.audit.ledger import LedgerPart, read_copy
 from fedgraft_simulations.audit.part import AuditContext, Finding
 
 
@@ -127,6 +129,67 @@ def test_a_cut_tail_is_not_seen_and_is_said_not_to_be(ledger: Ledger) -> None:
     assert failed(found) == set()
 
 
+def held(ledger: list[Entry], **known: object) -> dict[str, Finding]:
+    return {f.name: f for f in audit_account(Account(ledger, PLAN, **known))}  # type: ignore[arg-type]
+
+
+def test_an_earlier_copy_shows_a_cut_tail_and_another_history(ledger: Ledger) -> None:
+    run(ledger)
+    entries = ledger.entries()
+    assert held(entries)["earlier copy"].verdict == "info"
+    assert held(entries, earlier=entries[:4])["earlier copy"].verdict == "pass"
+    cut = held(entries[:-2], earlier=entries)
+    assert failed(cut) == {"earlier copy"}
+    assert "goes on to line 7" in cut["earlier copy"].measured
+    anew = rewritten(entries, lambda n, body: body.update(noise_multiplier=9.0) if n == 4 else None)
+    assert "line 1 is" in held(anew, earlier=entries)["earlier copy"].measured
+
+
+def test_the_auditor_may_know_the_key(ledger: Ledger) -> None:
+    run(ledger)
+    entries = ledger.entries()
+    key = entries[0].body["key"]
+    assert held(entries, key=key.upper())["key"].verdict == "pass"
+    assert failed(held(rewritten(entries, lambda *_: None), key=key)) == {"key"}
+
+
+def test_a_witness_is_read_as_it_is(ledger: Ledger, tmp_path: Path) -> None:
+    run(ledger)
+    witness = tmp_path / "site" / "ledger.witness"
+    assert read_copy(witness) == ledger.entries()
+    file = tmp_path / "none.jsonl"
+    file.write_text("nothing\n")
+    with pytest.raises(LedgerError, match="witness"):
+        read_copy(file)
+
+
+def test_charges_are_to_one_data_set_and_unit(ledger: Ledger) -> None:
+    run(ledger)
+    entries = ledger.entries()
+    data = Data(name="x-rays", source="x.npz", nominal_size=100)
+    assert failed(held(entries, data=data)) == set()
+    other = data.model_copy(update={"name": "mri"})
+    assert failed(held(entries, data=other)) == {"data set"}
+    patients = rewritten(entries, lambda n, body: body.update(unit="patient_id") if n == 1 else 0)
+    assert "charged per record" in held(patients)["data set"].measured
+
+
+def test_the_sample_rate_is_that_of_the_declared_size(ledger: Ledger) -> None:
+    plan = make_plan(**{"training.sample_rate": None, "training.expected_batch": 20})
+    ledger.reserve(charge(1, plan))
+    data = Data(name="x-rays", source="x.npz", nominal_size=50)
+    account = Account(ledger.entries(), plan, data=data)
+    found = {f.name: f for f in audit_account(account)}
+    assert "sample_rate 0.2, not the 0.4 of 50 units" in found["plan"].measured
+
+
+def test_an_approval_by_the_policy_is_none_by_the_operator(ledger: Ledger) -> None:
+    ledger.approve(PLAN.hash, PLAN.name, by="policy")
+    run(ledger)
+    rules = Policy(maximum_delta=1e-4, approval="manual")
+    assert "nobody had approved" in audit(ledger, rules)["policy"].measured
+
+
 def test_a_copied_charge_is_a_replay(ledger: Ledger) -> None:
     run(ledger)
     reserves = [e for e in ledger.entries() if e.kind is Kind.RESERVE]
@@ -174,6 +237,7 @@ def test_a_sealed_run_that_goes_on_is_found(ledger: Ledger) -> None:
     ("changes", "says"),
     [
         ({"event": SamplingEvent(0.5, 0.7, 1)}, "less than"),
+        ({"event": SamplingEvent(0.5, 50.0, 1)}, "more than"),
         ({"event": SamplingEvent(0.4, 5.0, 1)}, "sample_rate"),
         ({"event": SamplingEvent(0.5, 5.0, 2)}, "steps"),
         ({"mechanism": "distributed", "shares": 4}, "mechanism"),
@@ -200,7 +264,7 @@ def test_a_mechanism_that_changes_on_the_way_is_found(ledger: Ledger) -> None:
     run(ledger, rounds=1)
     sigma = charge(2).event.noise_multiplier
     ledger.reserve(charge(2, event=SamplingEvent(0.5, 2 * sigma, 1)))
-    assert failed(audit(ledger)) == {"consistency"}
+    assert failed(audit(ledger)) == {"consistency", "plan"}
 
 
 def test_the_sample_rate_may_follow_from_the_declared_size(ledger: Ledger) -> None:
@@ -252,6 +316,21 @@ def test_an_approved_plan_and_a_released_evaluation(ledger: Ledger) -> None:
     assert failed(audit(ledger, Policy(**rules), plan)) == {"policy"}  # type: ignore[arg-type]
     agreed = Policy(**rules, release_evaluation=True)  # type: ignore[arg-type]
     assert failed(audit(ledger, agreed, plan)) == set()
+
+
+def test_class_means_are_charged_as_the_plan_asks_and_only_if_it_does(ledger: Ledger) -> None:
+    plan = make_plan(**{
+        "head.training": "prototype", "privacy.mechanism": "distributed", "aggregation.sites": 3,
+    })  # fmt: skip
+    means = SamplingEvent(1.0, plan.head.start_noise, 1)
+    ledger.reserve(charge(1, plan, "start", event=means))
+    run(ledger, plan=plan, mechanism="distributed", shares=3)
+    rules = Policy(maximum_epsilon=5, maximum_delta=1e-4, mechanisms=("distributed",))
+    assert failed(audit(ledger, rules, plan)) == set()
+    ledger.reserve(charge(1, plan, "start", event=SamplingEvent(1.0, 1.0, 1)))
+    assert "noise multiplier 1, less than the 8" in audit(ledger, None, plan)["plan"].measured
+    ledger.reserve(charge(1, PLAN, "start", event=means))
+    assert "class means that the plan does not ask for" in audit(ledger)["plan"].measured
 
 
 def test_the_part_reads_one_export_and_needs_no_run(ledger: Ledger, tmp_path: Path) -> None:

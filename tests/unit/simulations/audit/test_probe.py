@@ -67,7 +67,7 @@ def probed_step(
 ) -> NDArray[np.float64]:
     """The joint gradient after one step in which everybody takes part."""
     made, data = parameters(), records()
-    place = Place(probe, 0, 1, probe.held_by(0), len(data), units)
+    place = Place(probe, 0, 1, probe.held_by(0), len(data), units, most=8)
     source = NoiseSource.for_simulation("probe")
     joint = ProbedOptimizer(place, groups(made, noise), C, source)
     sizes = None if units is None else torch.bincount(place.units)
@@ -104,6 +104,18 @@ def test_a_canary_adds_the_clipping_norm_at_its_coordinate(
     expected = np.zeros(ADAPTER + HEADS)
     expected[where] = C
     assert added == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_canary_patient_has_records_enough_to_show_that_each_is_clipped_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    units = torch.tensor([0, 0, 0, 1, 2])  # so the canary has three
+    probe = Probe(canaries([CLIPPED], [True], [4]), C, 1, 1, WHERE)
+    sound = probed_step(probe, 1.0, units) - plain_step(1.0, units)
+    assert sound[4] == pytest.approx(C, abs=1e-5)
+    monkeypatch.setattr(JointOptimizer, "_average", lambda *_: None)  # each record is a unit
+    broken = probed_step(probe, 1.0, units) - plain_step(1.0, units)
+    assert broken[4] == pytest.approx(3 * C, abs=1e-5)
 
 
 def test_what_others_contributed_is_noted_without_canary_and_noise() -> None:

@@ -137,7 +137,8 @@ def test_a_ledger_alone_promises_nothing_and_measures_nothing(tmp_path: Path) ->
     text = " ".join(" ".join(page_of(alone, tmp_path).text).split())
     assert "The account holds." in text
     assert "of a site’s ledger" in text
-    assert "No part that measures a leak was run" in text
+    assert "What was measured Summary of ledger." in text
+    assert "Epsilon says" not in text
     assert "at most" not in text
 
 

@@ -22,6 +22,7 @@ from fedgraft_simulations.audit.robustness import (
     attack,
     group_findings,
     ledger_finding,
+    log_finding,
     says_only_its_word,
 )
 from fedgraft_simulations.partition import partition
@@ -71,6 +72,12 @@ def test_honest_rounds_are_the_only_ones_that_cost(result: PartResult) -> None:
     assert set(costs.values()) == {0}
     (account,) = [f for f in result.findings if "ledger" in f.claim]
     assert account.measured.startswith("2 reservations and 2 commits for 2 honest rounds")
+
+
+def test_megabytes_from_a_server_are_a_short_line_in_the_log(result: PartResult) -> None:
+    (log,) = [f for f in result.findings if f.name == "log"]
+    assert int(log.measured.split()[0]) >= 40  # every refusal has a line
+    assert log_finding(["x" * 2**22]).verdict == "fail"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_simulations.audit.probe import Drawn
-from fedgraft_simulations.audit.sampling import ALARM, check_sampling
+from fedgraft_simulations.audit.sampling import ALARM, batches_of, check_sampling
 
 
 def poisson(sizes: list[int], rates: list[float], rounds: int, seed: int) -> list[Drawn]:
@@ -61,3 +61,9 @@ def test_the_same_batch_every_time_is_noticed() -> None:
     first = poisson([60], [0.5], 1, 0)[0]
     drawn = [Drawn(0, number, first.units, 60) for number in range(1, 31)]
     assert check_sampling(drawn, [0.5], np.random.default_rng(0)).units < ALARM
+
+
+def test_one_batch_more_than_planned_is_poisson_and_is_counted() -> None:
+    drawn = [*poisson([30, 40], [0.5, 0.5], 20, 0), *poisson([30], [0.5], 1, 1)]
+    assert check_sampling(drawn, [0.5, 0.5], np.random.default_rng(0)).poisson
+    assert batches_of(drawn, 3) == [21, 20, 0]

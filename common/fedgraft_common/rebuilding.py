@@ -1,0 +1,81 @@
+"""A request put together from its leaves, since what announces it says the rest.
+
+Flower moves each object of a message in a call of its own. A request has six or seven, but only the
+leaves of their tree hold anything that a site cannot know: the chunk with the packed adapter, the
+configurations. How they hang together is fixed by `messages` and `packing`, and the metadata are
+announced. So a site takes the leaves and builds the message; it is the announced one exactly if its
+name is, a SHA-256 over the names of everything in it. Flower's own SuperNode, which knows nothing
+of this, finds all the objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.message import make_message
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.app.metadata import Metadata
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.messages import ADAPTER, COUNTS, MESSAGE, PLAN, SECURE, STATUS
+from fedgraft_common.packing import package
+
+Record = ArrayRecord | ConfigRecord | MetricRecord
+
+_ORDER: Final[tuple[str, ...]] = (ADAPTER, COUNTS, PLAN, SECURE, STATUS)
+_PLACES: Final = {PLAN: PLAN, STATUS: STATUS, MESSAGE: SECURE}
+"""Where a configuration with such a key belongs."""
+
+
+def leaves_of(tree: ObjectTree) -> list[str]:
+    """Names of the objects that hold no other, each once."""
+    return list(dict.fromkeys(p.object_id for p in iterate_object_tree(tree) if not p.children))
+
+
+def rebuild(
+    name: str, announced: Metadata, leaves: Mapping[str, bytes], limits: MessageLimits
+) -> Message | None:
+    """The message of that name; None if it is of another form, or its leaves are others.
+
+    Args:
+        name: SHA-256 of the message's own object.
+        announced: its metadata, which become the message's.
+        leaves: contents by their SHA-256.
+        limits: what it may be.
+    """
+    records: dict[str, Record] = {}
+    try:
+        for leaf, content in leaves.items():
+            found = inflate_object_from_contents(leaf, {leaf: content})
+            if not isinstance(found, ArrayChunk) and len(content) > limits.description:
+                return None
+            place, record = _placed(found)
+            if place in records:
+                return None
+            records[place] = record
+        ordered = {place: records[place] for place in _ORDER if place in records}
+        message = make_message(metadata=announced, content=RecordDict(ordered))
+        if message.object_id != name:
+            return None
+    except Exception:  # Flower's readers raise whatever their json, str and dict do
+        return None
+    message.metadata.__dict__["_message_id"] = name
+    return message
+
+
+def _placed(leaf: InflatableObject) -> tuple[str, Record]:
+    """What a leaf stands for, and its place in a message."""
+    if isinstance(leaf, ArrayChunk):
+        return ADAPTER, package(bytes(leaf.data))
+    if isinstance(leaf, ArrayRecord):
+        return ADAPTER, leaf
+    if isinstance(leaf, ConfigRecord):
+        return next((place for key, place in _PLACES.items() if key in leaf), SECURE), leaf
+    if isinstance(leaf, MetricRecord):
+        return COUNTS, leaf
+    raise TypeError(type(leaf))

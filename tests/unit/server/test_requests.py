@@ -1,0 +1,114 @@
+"""Requests as one object, and as Flower's, through a Runtime API that exists in memory only."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
+from flwr.proto.runtime_pb2 import PushAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.messages import to_record
+from fedgraft_common.packing import pack
+from fedgraft_common.parcel import unwrap
+from fedgraft_server.requests import SMALL, Requests
+
+
+class Api:
+    """The calls that a request needs of a SuperLink."""
+
+    def __init__(self) -> None:
+        self.trees: dict[int, ObjectTree] = {}
+        self.objects: dict[str, bytes] = {}
+        self.refused: set[int] = set()
+
+    def PushMessages(self, request: Any) -> PushAppMessagesResponse:  # noqa: N802
+        ids, wanted = [], []
+        for message, tree in zip(request.messages_list, request.message_object_trees, strict=True):
+            node = message.metadata.dst_node_id
+            ids.append("" if node in self.refused else message.metadata.message_id)
+            if node not in self.refused:
+                self.trees[node] = tree
+                wanted += [part.object_id for part in iterate_object_tree(tree)]
+        return PushAppMessagesResponse(message_ids=ids, objects_to_push=wanted, session_id="s")
+
+    def PushObject(self, request: Any) -> PushObjectResponse:  # noqa: N802
+        assert (request.session_id, request.run_id) == ("s", 1)
+        self.objects[request.object_id] = request.object_content
+        return PushObjectResponse(stored=True)
+
+
+@pytest.fixture
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture
+def requests(api: Api) -> Requests:
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    grid = HttpGrid(token="t")  # noqa: S106
+    grid.set_run(Run.create_empty(1))
+    grid._client = api  # type: ignore[assignment]
+    return Requests(grid)
+
+
+def messages(count: int, values: int = 4) -> list[Message]:
+    adapter = pack(to_record({"a": torch.ones(values)}))
+    plan = ConfigRecord({"plan": "{}", "round": 1})
+    return [
+        Message(RecordDict({"adapter": adapter, "plan": plan}), node, "train")
+        for node in range(2, 2 + count)
+    ]
+
+
+def test_flower_has_what_is_used_here() -> None:
+    for call in ("PushMessages", "PushObject"):
+        assert list(inspect.signature(getattr(RuntimeHttpClient, call)).parameters) == [
+            "self", "request"
+        ]  # fmt: skip
+    parameters = inspect.signature(make_push_object_fn_protobuf).parameters
+    assert {"push_object_protobuf", "node", "run_id", "session_id"} <= set(parameters)
+    assert list(inspect.signature(push_object_contents_from_iterable).parameters)[:2] == [
+        "object_contents", "push_object_fn"
+    ]  # fmt: skip
+
+
+def test_who_can_open_a_parcel_gets_one(api: Api, requests: Requests) -> None:
+    sent = messages(4)
+    ids = requests.push(sent, able={3, 5})
+    assert ids == [message.metadata.message_id for message in sent]
+    assert len(set(ids)) == 4
+    for message, name in zip(sent, ids, strict=True):
+        node = message.metadata.dst_node_id
+        tree = api.trees[node]
+        assert tree.object_id == name
+        assert bool(tree.children) == (node in (2, 4))
+        if node in (3, 5):
+            found = unwrap(name, api.objects[name], MessageLimits())
+            assert found.content == message.content
+            assert (found.metadata.dst_node_id, found.metadata.run_id) == (node, 1)
+
+
+def test_a_large_request_is_shared(api: Api, requests: Requests) -> None:
+    requests.push(messages(3, values=SMALL // 4 + 1), able={2, 3, 4})
+    assert all(tree.children for tree in api.trees.values())
+    assert len(api.objects) == 3 + 5  # three messages, and what they share
+
+
+def test_a_message_that_was_not_taken_has_no_id(api: Api, requests: Requests) -> None:
+    api.refused = {3}
+    first, second, third = requests.push(messages(3), able={2, 3})
+    assert first
+    assert not second
+    assert third
