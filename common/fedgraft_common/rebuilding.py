@@ -58,6 +58,7 @@ def rebuild(
             if place in records:
                 return None
             records[place] = record
+        announced.delivered_at = ""  # the SuperLink's own note; the message was made without it
         ordered = {place: records[place] for place in _ORDER if place in records}
         message = make_message(metadata=announced, content=RecordDict(ordered))
         if message.object_id != name:

@@ -69,6 +69,9 @@ class SecureSetUps:
         trust: whose certificates count, now.
         faults: who is left out; dealers that are found are added.
         registered: which node is which site; None: the certificate alone says so.
+
+    Attributes:
+        refusing: sites, or nodes that have not named themselves yet, that refused the newest terms.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class SecureSetUps:
         self._trust = trust
         self._faults = faults
         self._registered = registered
+        self._names: dict[int, str] = {}
+        self.refusing: list[str] = []
 
     def agree(self, first: int) -> SetUp | None:
         """A complete set-up from a round on; None if sites have trained that round already.
@@ -147,6 +152,8 @@ class SecureSetUps:
                         f"node {node}", f"site {offered.site}, a second time",
                         "one node for each site", "Somebody may be posing as that site.",
                     )  # fmt: skip
+        self._names |= {node: name for name, (node, _) in offers.items()}
+        self.refusing = [self._names.get(node, f"node {node}") for node in sorted(said.refused)]
         return offers, said.refused
 
     def _share(self, setup: SetUp, first: int) -> dict[str, str]:

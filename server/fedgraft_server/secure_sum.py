@@ -187,7 +187,8 @@ class SecureSum:
             raise RoundLostError("the sites had begun it under a set-up that is gone")
         if made is None:
             raise MessageError(
-                f"secure aggregation, set-up for round {number}", "refused by too many sites",
+                f"secure aggregation, set-up for round {number}",
+                f"refused by {', '.join(self._set_ups.refusing)}",
                 "sites that are where this server is",
                 "See their logs: they run another version, or are ahead of this server because it "
                 "was put back from an old copy. Then start a new run.",

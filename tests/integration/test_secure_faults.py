@@ -314,6 +314,19 @@ def test_a_server_that_lost_its_set_up_goes_on(tmp_path: Path) -> None:
     assert watched.run() == {2: 0, 3: 4}
 
 
+def test_sites_that_are_ahead_of_the_server_lose_no_round(tmp_path: Path) -> None:
+    """It was put back from an old copy: to go on would waste what every site has."""
+    watched = Watched(tmp_path, dropouts=0)
+    watched.run()
+    server = tmp_path / "server"
+    for leftover in [*server.glob("round-*"), *server.glob("secure-*")]:
+        leftover.unlink()
+    with pytest.raises(MessageError, match=r"refused by node 1, node 2, .*put back from an old"):
+        watched.run()
+    assert not (server / "secure-faults.json").exists()
+    assert watched.charges() == [3, 3, 3, 3]
+
+
 def test_killed_between_a_lost_round_and_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +347,9 @@ def test_killed_between_a_lost_round_and_its_checkpoint(
     assert watched.sums == {1: 0}
     monkeypatch.setattr(SecureSite, "_deal", deal)
     monkeypatch.setattr("fedgraft_server.federation.save_checkpoint", save_checkpoint)
-    assert watched.run() == {2: 4, 3: 4}
+    asked: set[int] = set()
+    assert watched.run(lost=lambda site, number, kind: asked.add(number)) == {2: 4, 3: 4}
+    assert asked == {2, 3}
     assert watched.charges() == [3, 3, 3, 3]
 
 

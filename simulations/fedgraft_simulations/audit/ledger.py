@@ -70,7 +70,7 @@ class LedgerPart:
             name=self.name,
             title=self.title,
             verdict=verdict,
-            summary=_summary(verdict, accounts, context),
+            summary=_summary(findings, accounts, context),
             findings=findings,
             facts=_facts(accounts, found),
             not_covered=_not_covered(context),
@@ -128,18 +128,25 @@ def _together(found: list[list[Finding]]) -> Iterator[Finding]:
             )
 
 
-def _summary(verdict: Verdict, accounts: list[Account], context: AuditContext) -> str:
+def _summary(findings: Sequence[Finding], accounts: list[Account], context: AuditContext) -> str:
+    verdict: Verdict = worst(tuple(findings))
     if context.plan.privacy.mechanism == "none" and verdict == "fail":
         return "There is no account to check: the plan runs without differential privacy."
     if verdict == "fail":
-        return "The account does not hold: do not rely on the epsilon that it names."
+        wrong = next(finding for finding in findings if finding.verdict == "fail")
+        return (
+            "The account does not hold: do not rely on the epsilon that it names. "
+            f"{wrong.claim}? No: {wrong.measured}."
+        )
     spending = [spent(account.entries) for account in accounts]
     most = max((epsilon_bound(e, accounts[0].delta) for e in spending if e), default=0.0)
     which = "The site's account holds" if len(accounts) == 1 else (
         f"The accounts of all {len(accounts)} sites hold"
     )  # fmt: skip
     cost = f"epsilon {epsilon_words(most)} was spent at most" if most else "nothing was spent"
-    return f"{which}: every line is there and unchanged, and {cost}."
+    unsure = any(f.name == "earlier copy" and f.verdict == "info" for f in findings)
+    end = " as far as it goes; no earlier copy shows whether its end was cut off" if unsure else ""
+    return f"{which}: no line was changed or removed, and {cost}{end}."
 
 
 def _facts(accounts: list[Account], found: list[list[Finding]]) -> dict[str, Any]:

@@ -280,6 +280,9 @@ def not_covered_words(audit: Audit) -> list[str]:
             "Secure aggregation itself: the promise assumes that the server sees only sums."
         )
     if audit.parts and audit.plan is None:
+        findings = [finding for part in audit.parts for finding in part.findings]
+        if any(f.name == "earlier copy" and f.verdict == "info" for f in findings):
+            found.append("Lines that were cut off at the end: name an earlier copy with --witness.")
         found.append("Whether what left the site was what its ledger was charged for.")
     if audit.plan is not None:
         found.append(
