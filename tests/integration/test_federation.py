@@ -95,7 +95,7 @@ def of_sites(plan: Plan, count: int) -> Plan:
 
 
 def completed(federation: Federation, *folders: RunFolder) -> None:
-    until(lambda: all(f.outcome is not None for f in folders), 400, federation)
+    until(lambda: all(f.outcome is not None for f in folders), 500, federation)
     assert [f.outcome.word for f in folders if f.outcome] == ["completed"] * len(folders)
 
 
@@ -250,17 +250,21 @@ def restore(kept: Path, folder: RunFolder) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_site_that_was_away_for_many_rounds_comes_back(
     federation: Federation, plan: Plan
 ) -> None:
-    """Frozen, so that it says no goodbye and its connections stay open, and rounds go on."""
-    long = plan.replace({"name": "absent", "rounds.count": 40, "rounds.deadline": 10.0})
+    """Frozen, so that it says no goodbye and its connections stay open, and rounds go on.
+
+    Two rounds wait for it: one until Flower misses its heartbeat, one for what patience is left.
+    The deadline is many times what a round takes, also the first one on a busy machine.
+    """
+    long = plan.replace({"name": "absent", "rounds.count": 40, "rounds.deadline": 60.0})
     folder = start(federation, long)
     reaches(federation, folder, 1)
     federation.processes["branch-00"].send_signal(signal.SIGSTOP)
     try:
-        reaches(federation, folder, folder.round + 4)
+        reaches(federation, folder, folder.round + 4, 600)
     finally:
         federation.processes["branch-00"].send_signal(signal.SIGCONT)
     completed(federation, folder)
