@@ -334,7 +334,7 @@ def readdressed(facts: str, settings: Path) -> str:
 @pytest.mark.timeout(900)
 def test_a_round_is_abandoned_at_the_second_interrupt(federation: Federation, plan: Plan) -> None:
     """What it had reserved stays spent, and the site starts again."""
-    changes = {"name": "long", "rounds.count": 1, "training.local_steps": 20_000}
+    changes = {"name": "long", "rounds.count": 1, "training.local_steps": 10_000}
     folder = start(
         federation, plan.replace({**changes, "aggregation.minimum_sites": 1}), "--site", EAST[0]
     )
@@ -352,7 +352,7 @@ def test_a_round_is_abandoned_at_the_second_interrupt(federation: Federation, pl
     entries = read_ledger(ledger)
     last = entries[-1]
     assert (last.kind, last.body["plan"], last.body["steps"]) == (
-        Kind.RESERVE, folder.plan.hash, 20_000
+        Kind.RESERVE, folder.plan.hash, 10_000
     )  # fmt: skip
     assert verify(entries, 1e-5, ledger.with_name("ledger.witness")).reserved >= 1
     federation.fedgraft("stop", folder.name)
