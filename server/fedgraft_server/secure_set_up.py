@@ -45,13 +45,11 @@ class SetUp:
         server: its state machine.
         nodes: node id of each site of the roster.
         delivered: nodes that have taken their shares.
-        behind: nodes that refused its terms: they have trained its first round already.
     """
 
     server: SecureServer
     nodes: dict[str, int]
     delivered: set[int] = field(default_factory=set)
-    behind: set[int] = field(default_factory=set)
 
     @property
     def names(self) -> dict[int, str]:
@@ -109,7 +107,7 @@ class SecureSetUps:
             if not attempt and len(offers.keys() - out) < terms.needed <= len(offers):
                 log.warning("trying again with %s", sorted(out), extra={"action": "set-up"})
                 out = {}  # it does not work without them, and they may have been mended
-            setup = SetUp(SecureServer(terms, trust), {}, behind=refused)
+            setup = SetUp(SecureServer(terms, trust), {})
             for name in sorted(offers.keys() - out):
                 node, advertisement = offers[name]
                 with noted(SecureStep.ADVERTISE, first, node):
