@@ -175,9 +175,6 @@ def test_default_is_the_hash_of_the_canonical_form() -> None:
     assert json.loads(every.canonical).keys() == hashed
 
 
-# also what it was before those tables
-
-
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
     options = {"options": {"server_momentum": 0.9, "server_learning_rate": 0.5}}
     reversed_options = {"options": dict(reversed(options["options"].items()))}
