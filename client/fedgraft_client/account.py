@@ -187,7 +187,7 @@ def runs(entries: Sequence[Entry], delta: float) -> list[RunAccount]:
             RunAccount(
                 run=str(members[0].body.get("run", "recovered")),
                 plan=plan,
-                rounds=sum(e.kind is Kind.RESERVE for e in members),
+                rounds=sum(e.body.get("purpose") == "train" for e in members),
                 steps=sum(event.steps for event in own),
                 epsilon=epsilon(own, delta),
                 lifetime=epsilon(spent(before), delta),

@@ -29,10 +29,8 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.app.metadata import Metadata
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_to_proto
-from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -46,7 +44,6 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -79,7 +76,7 @@ from fedgraft_common.inflation import (
     too_large,
 )
 from fedgraft_common.parcel import is_parcel, unwrap, wrap
-from fedgraft_common.rebuilding import leaves_of, rebuild
+from fedgraft_common.rebuilding import ends_of, rebuild
 from fedgraft_common.remembered import Remembered
 
 log = logging.getLogger(__name__)
@@ -198,9 +195,8 @@ class FleetConnection:
             if not response.message_object_trees:
                 raise malformed("a message without objects")
             tree = response.message_object_trees[0]
-            announced = _announced(response.messages_list[0])
-            run = announced.run_id
-            message, contents = self._pull(run, tree, announced)
+            run = response.messages_list[0].metadata.run_id
+            message, contents = self._pull(run, tree)
         self._rebuilt = "" if message is None else tree.object_id
         self._received = ConfirmMessageReceivedRequest(
             node=self._node, run_id=run, message_object_id=tree.object_id
@@ -328,12 +324,10 @@ class FleetConnection:
             log.debug("heartbeat: %s", error, extra={"action": "heartbeat"})
             return False
 
-    def _pull(
-        self, run: int, tree: ObjectTree, announced: Metadata
-    ) -> tuple[Message | None, dict[str, bytes]]:
+    def _pull(self, run: int, tree: ObjectTree) -> tuple[Message | None, dict[str, bytes]]:
         """The message if it is of our form, or else the contents of all its objects."""
         names = object_names(tree, self.limits.message)
-        leaves = leaves_of(tree)
+        own = tree.object_id
         room = self.limits.message.bytes
 
         def pull(name: str) -> bytes:
@@ -360,11 +354,10 @@ class FleetConnection:
             )
 
         try:
-            contents = pull_all(leaves)
-            if is_parcel(contents.get(tree.object_id, b"")):
-                name = tree.object_id
-                return unwrap(name, contents[name], self.limits.message), {}
-            message = rebuild(tree.object_id, announced, contents, self.limits.message)
+            contents = pull_all(ends_of(tree))
+            if is_parcel(contents[own]):
+                return unwrap(own, contents[own], self.limits.message), {}
+            message = rebuild(own, contents, self.limits.message)
             if message is None:
                 contents |= pull_all([name for name in names if name not in contents])
             return message, contents
@@ -485,14 +478,6 @@ class _Client(FleetHttpClient):
         finally:
             response.close()
         return httpx.Response(response.status_code, content=bytes(content), request=context.request)
-
-
-def _announced(found: ProtoMessage) -> Metadata:
-    """Who sends what."""
-    try:
-        return metadata_from_proto(found.metadata)
-    except Exception as error:  # Flower's readers raise whatever protobuf and str do
-        raise malformed(type(error).__name__) from None
 
 
 @contextmanager

@@ -61,11 +61,11 @@ a site none of whose secrets is known only hides its own input, and with it ever
 in which answers and inputs come does not enter. The condition on d and c is checked by `Terms`.
 
 Not promised: that a sum comes out. More than d sites stop a round by staying away, one by dealing
-wrong shares at set-up, and few by answering with wrong ones (`_TRIES`); and a site can add what it likes to the sum by its input. Not
-promised either: anything about a server that also holds the CA's key and can invent sites or take
-their names, beyond the c of them that sites who know each other's keys let pass
-(`fedgraft_client.peers`); and secrecy of past rounds once states are stolen: a site's own state
-opens its own inputs, those of n - d sites everybody's.
+wrong shares at set-up, and few by answering with wrong ones (`_TRIES`); and a site can add what it
+likes to the sum by its input. Not promised either: anything about a server that also holds the CA's
+key and can invent sites or take their names, beyond the c of them that sites who know each other's
+keys let pass (`fedgraft_client.peers`); and secrecy of past rounds once states are stolen: a site's
+own state opens its own inputs, those of n - d sites everybody's.
 Reasons and attacks: `deploy/decisions/0005-secure-aggregation.md`.
 """
 
@@ -115,8 +115,8 @@ _SHARES: Final = 2 * shamir.SHARE
 _TRIES: Final = 1000
 """Choices of answers to look for wrong shares in. k sites that answer wrongly are found for sure if
 the sum of C(d, i) C(n - d, i) for i = 0 to k is at most this: as many as there may be, d, up to 16
-sites; two with 24 sites and d = 3 or 40 and d = 2; one up to 100 sites and d = 9. More may be found,
-or the round is lost. (No maintained library decodes Reed-Solomon codes over a 257-bit prime field.)
+sites; two with 24 sites and d = 3 or 40 and d = 2; one up to 100 sites and d = 9. With more the
+round may be lost. (No maintained library decodes Reed-Solomon codes over a 257-bit prime field.)
 """
 
 

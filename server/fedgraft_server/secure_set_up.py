@@ -45,13 +45,11 @@ class SetUp:
         server: its state machine.
         nodes: node id of each site of the roster.
         delivered: nodes that have taken their shares.
-        behind: nodes that refused its terms: they have trained its first round already.
     """
 
     server: SecureServer
     nodes: dict[str, int]
     delivered: set[int] = field(default_factory=set)
-    behind: set[int] = field(default_factory=set)
 
     @property
     def names(self) -> dict[int, str]:
@@ -69,6 +67,9 @@ class SecureSetUps:
         trust: whose certificates count, now.
         faults: who is left out; dealers that are found are added.
         registered: which node is which site; None: the certificate alone says so.
+
+    Attributes:
+        refusing: sites, or nodes that have not named themselves yet, that refused the newest terms.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class SecureSetUps:
         self._trust = trust
         self._faults = faults
         self._registered = registered
+        self._names: dict[int, str] = {}
+        self.refusing: list[str] = []
 
     def agree(self, first: int) -> SetUp | None:
         """A complete set-up from a round on; None if sites have trained that round already.
@@ -104,7 +107,7 @@ class SecureSetUps:
             if not attempt and len(offers.keys() - out) < terms.needed <= len(offers):
                 log.warning("trying again with %s", sorted(out), extra={"action": "set-up"})
                 out = {}  # it does not work without them, and they may have been mended
-            setup = SetUp(SecureServer(terms, trust), {}, behind=refused)
+            setup = SetUp(SecureServer(terms, trust), {})
             for name in sorted(offers.keys() - out):
                 node, advertisement = offers[name]
                 with noted(SecureStep.ADVERTISE, first, node):
@@ -147,6 +150,8 @@ class SecureSetUps:
                         f"node {node}", f"site {offered.site}, a second time",
                         "one node for each site", "Somebody may be posing as that site.",
                     )  # fmt: skip
+        self._names |= {node: name for name, (node, _) in offers.items()}
+        self.refusing = [self._names.get(node, f"node {node}") for node in sorted(said.refused)]
         return offers, said.refused
 
     def _share(self, setup: SetUp, first: int) -> dict[str, str]:

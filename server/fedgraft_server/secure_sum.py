@@ -8,7 +8,7 @@ keeps what a restarted server needs:
     <directory>/transcript-NNNNNN/   what the sites signed under a set-up, for an auditor
 
 A site that is missing in a set-up, or fails in it, counts as a dropout until the next one. One that
-has lost its state gets a new set-up, once, when nobody else is away.
+is there again, or has lost its state, gets a new set-up, once, when nobody else is away.
 
 A round with too few inputs is not unmasked; it goes on when the run is resumed, with the same
 bytes. A round that can never be had is lost: the adapter stays as it was, what it cost is spent,
@@ -187,7 +187,8 @@ class SecureSum:
             raise RoundLostError("the sites had begun it under a set-up that is gone")
         if made is None:
             raise MessageError(
-                f"secure aggregation, set-up for round {number}", "refused by too many sites",
+                f"secure aggregation, set-up for round {number}",
+                f"refused by {', '.join(self._set_ups.refusing)}",
                 "sites that are where this server is",
                 "See their logs: they run another version, or are ahead of this server because it "
                 "was put back from an old copy. Then start a new run.",
@@ -239,8 +240,15 @@ class SecureSum:
         opened.close()
         lost = {setup.nodes[name] for name, why in refused.items() if why == Status.MESSAGE}
         if len(opened.inputs) + len(lost) == len(setup.nodes):
-            self._stranded = (lost | setup.behind) - self._brought
+            self._stranded = (lost | self._outside(setup)) - self._brought
         return opened
+
+    def _outside(self, setup: SetUp) -> set[int]:
+        """Nodes that are connected and have no part in the set-up: they came late, or failed."""
+        inside = set(setup.nodes.values())
+        if inside >= set(self._grid.get_node_ids()):
+            return set()
+        return {node.node_id for node in self._grid.get_nodes()} - inside
 
     def _input(self, number: int, reply: Message) -> Tensors:
         check_status(number, reply)

@@ -92,15 +92,14 @@ def simulate(
     from fedgraft_common.errors import PlanError
     from fedgraft_common.plan import load_plan
     from fedgraft_simulations.comparison import Study
+    from fedgraft_simulations.continual import Kept, earlier_run, forgetting, on_top_of
     from fedgraft_simulations.report import write_report
     from fedgraft_simulations.simulate import TITLES, simulate
-    from fedgraft_simulations.table import site_table, summary_table
+    from fedgraft_simulations.table import forgetting_table, site_table, summary_table
 
     plan = load_plan(plan_file or PLANS / "digits.toml", changes or ())
     earlier = None
     if after is not None:
-        from fedgraft_simulations.continual import earlier_run, on_top_of
-
         earlier = earlier_run(after)
         plan = on_top_of(plan, earlier)
     chosen = tuple(row.strip() for row in rows.split(","))
@@ -137,7 +136,13 @@ def simulate(
             )
     study = Study(tuple(comparisons))
     directory.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(study.document(), indent=2, allow_nan=False)
+    facts = study.document()
+    kept: tuple[Kept, ...] = ()
+    if earlier is not None and plan.privacy.mechanism in chosen:
+        adapter = directory / f"seed-{plan.seed}" / plan.privacy.mechanism / "adapter"
+        kept = forgetting(earlier, adapter, device)
+        facts["earlier"] = {"plan": earlier.plan.name, "sites": [one.document() for one in kept]}
+    document = json.dumps(facts, indent=2, allow_nan=False)
     (directory / "result.json").write_text(document + "\n", encoding="utf-8")
     write_report(study, directory / "report.html")
     if as_json:
@@ -147,12 +152,8 @@ def simulate(
     console.print(site_table(study))
     console.print(summary_table(study))
     console.print(study.verdict, highlight=False)
-    if earlier is not None and plan.privacy.mechanism in chosen:
-        from fedgraft_simulations.continual import forgetting
-        from fedgraft_simulations.table import forgetting_table
-
-        adapter = directory / f"seed-{plan.seed}" / plan.privacy.mechanism / "adapter"
-        console.print(forgetting_table(earlier.plan, forgetting(earlier, adapter, device)))
+    if earlier is not None and kept:
+        console.print(forgetting_table(earlier.plan, kept))
     quiet.print(
         f"{time.perf_counter() - started:.0f} s. Report: {directory / 'report.html'}; "
         f"adapter: {directory / f'seed-{plan.seed}' / plan.privacy.mechanism / 'adapter'}",

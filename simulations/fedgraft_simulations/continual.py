@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class Kept:
     def forgotten(self) -> float:
         """How much of the score is gone, once the head was refitted."""
         return self.before - self.refitted
+
+    def document(self) -> dict[str, Any]:
+        """As it is written; a score that does not exist is null."""
+        facts = {**asdict(self), "forgotten": self.forgotten}
+        return {name: None if value != value else value for name, value in facts.items()}
 
 
 def earlier_run(directory: Path) -> Earlier:

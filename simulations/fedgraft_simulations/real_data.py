@@ -23,7 +23,7 @@ HEART_HEADER = ("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg", "thala
                 "oldpeak", "slope", "ca", "thal", "num")  # fmt: skip
 HEART_DROPPED = (10, 11, 12)  # missing at most hospitals; FLamby leaves them out as well
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
-HEART_TEST = 0.34  # FLamby's shares and seed, stratified where each class has three patients
+HEART_TEST = 0.34  # FLamby's split, by its own call: share, seed, stratified if 3 are of each class
 HEART_SEED = 43
 MONTHS = range(1, 7)
 CREDIT_HEADER = ("id", "limit", "sex", "education", "marriage", "age",
@@ -44,7 +44,11 @@ def pneumonia(source: Path, target: Path) -> None:
 
 
 def heart(source: Path, target: Path) -> None:
-    """UCI Heart Disease: one table with the hospital and the split of each patient."""
+    """UCI Heart Disease: one table with the hospital and the split of each patient.
+
+    The patients and their split are those of FLamby (Ogier du Terrail et al. 2022), whose
+    flamby/datasets/fed_heart_disease/dataset.py leaves out the same columns and rows.
+    """
     from sklearn.model_selection import train_test_split
 
     names = [n for i, n in enumerate(HEART_HEADER) if i not in HEART_DROPPED]

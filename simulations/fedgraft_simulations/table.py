@@ -314,12 +314,12 @@ def forgetting_table(plan: Plan, kept: Sequence[Kept]) -> Table:
     table.add_column("site")
     for heading in ("before", "new adapter,\nold head", "refitted", "lost"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in kept:
-        numbers = (one.before, one.after, one.refitted, one.forgotten)
-        table.add_row(Text(one.site), *(f"{value * 100:.1f}" for value in numbers))
-    means = [fmean(v) for v in zip(*(
-        (k.before, k.after, k.refitted, k.forgotten) for k in kept), strict=True)]  # fmt: skip
-    table.add_row("mean", *(f"{value * 100:.1f}" for value in means), style="bold")
+    numbers = [(one.before, one.after, one.refitted, one.forgotten) for one in kept]
+    for one, row in zip(kept, numbers, strict=True):
+        table.add_row(Text(one.site), *map(percent, row))
+    known = [row for row in numbers if not any(map(math.isnan, row))]
+    means = [fmean(column) for column in zip(*known, strict=True)] or [math.nan] * 4
+    table.add_row("mean", *map(percent, means), style="bold")
     return table
 
 

@@ -274,6 +274,29 @@ def test_simulate_as_json_and_again(fedgraft: Fedgraft, tiny: Path, tmp_path: Pa
     assert rows(strict(second.out)) == table
 
 
+def test_a_run_on_top_of_an_earlier_one(fedgraft: Fedgraft, tiny: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    quick = ("simulate", tiny, "--rows", "local", "--device", "cpu", "--out")
+    assert fedgraft(*quick, old).code == 0
+    again = fedgraft(*quick, new, "--after", old, "--set", "name=next", "--json")
+    assert again.code == 0, again.err
+    document = strict(again.out)
+    assert document["comparisons"][0]["plan"]["adapter"]["start"] == str(
+        old / "seed-0" / "local" / "adapter"
+    )
+    kept = document["earlier"]
+    assert kept["plan"] == "tiny"
+    first = strict((old / "result.json").read_text(encoding="utf-8"))
+    assert [site["before"] for site in kept["sites"]] == pytest.approx(
+        first["comparisons"][0]["rows"][0]["refit"]
+    )
+    people = fedgraft(*quick, new, "--after", old, "--set", "name=next")
+    assert "Plan tiny, looked at again" in people.out
+    assert_one_line_error(
+        fedgraft(*quick, new, "--after", tmp_path / "gone"), "the result.json of a finished"
+    )
+
+
 def test_simulate_for_people(fedgraft: Fedgraft, tiny: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_COLOR", "1")

@@ -631,7 +631,7 @@ def calls() -> Iterator[tuple[list[str], set[str]]]:
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     for code in [line for block in blocks for line in block.splitlines()] + spans:
         for call in re.findall(r"(?:^|[\s#])fedgraft ([^|>]+)", code):
-            words = list(takewhile(re.compile(r"[a-z]+").fullmatch, call.split()))
+            words = list(takewhile(re.compile(r"[a-z]+(-[a-z]+)*").fullmatch, call.split()))
             if words:
                 yield words, {word for word in call.split() if word.startswith("--")}
 

@@ -67,7 +67,9 @@ def test_the_local_mechanism_is_seen_site_by_site_over_several_steps(tmp_path: P
     assert "noise, single" in result.facts
 
 
-@pytest.mark.parametrize("mechanism", ["local", "distributed"])
+@pytest.mark.parametrize(
+    "mechanism", ["local", pytest.param("distributed", marks=pytest.mark.slow)]
+)
 def test_what_a_plan_can_switch_on_is_audited_as_it_trains(tmp_path: Path, mechanism: str) -> None:
     changes = {
         "privacy.mechanism": mechanism, "augmentation.views": 2, "training.weight_decay": 0.1,

@@ -228,8 +228,8 @@ def test_garbage_for_one_site_only(tmp_path: Path) -> None:
             dealt.append(number)
 
     watched = Watched(tmp_path / "once", dropouts=1, colluders=1)
-    assert watched.run(change=once) == {1: 3, 2: 3, 3: 3}
-    assert watched.charges() == [3, 3, 0, 3]
+    assert watched.run(change=once) == {1: 3, 2: 4, 3: 4}  # it gets another set-up
+    assert watched.charges() == [3, 3, 2, 3]
     watched = Watched(tmp_path / "again", dropouts=1, colluders=1)
     assert watched.run(change=garbage(VICTIM)) == {1: 3, 2: 3, 3: 3}
     assert watched.charges() == [3, 0, 3, 3]
@@ -305,6 +305,22 @@ def test_a_site_that_lost_its_state_is_back_in_the_next_round(
     assert watched.run(lost=forget) == {1: 4, 2: second, 3: 4}
 
 
+def test_a_site_that_comes_late_gets_one_more_set_up(tmp_path: Path) -> None:
+    watched = Watched(tmp_path / "late", dropouts=1, **{"rounds.count": 4})
+    asked: list[int] = []
+
+    def late(site: int, number: int, kind: str) -> bool:
+        if (site, kind) == (0, ADVERTISE):
+            asked.append(number)
+        return site == CULPRIT and number < 2
+
+    assert watched.run(lost=late) == {1: 3, 2: 4, 3: 4, 4: 4}
+    assert asked == [1, 2]
+    watched, asked[:] = Watched(tmp_path / "never", dropouts=1), []
+    assert watched.run(lost=lambda *a: late(*a) or a[0] == CULPRIT) == {1: 3, 2: 3, 3: 3}
+    assert asked == [1, 2]  # and no third for a site that is not heard of
+
+
 def test_a_server_that_lost_its_set_up_goes_on(tmp_path: Path) -> None:
     """As the error about a damaged file advises. The sites have trained the round already."""
     watched = Watched(tmp_path, dropouts=0)
@@ -312,6 +328,19 @@ def test_a_server_that_lost_its_set_up_goes_on(tmp_path: Path) -> None:
         watched.run(lost=lambda site, number, kind: (number, kind) == (2, UNMASK))
     (tmp_path / "server" / "secure-setup.bin").unlink()
     assert watched.run() == {2: 0, 3: 4}
+
+
+def test_sites_that_are_ahead_of_the_server_lose_no_round(tmp_path: Path) -> None:
+    """It was put back from an old copy: to go on would waste what every site has."""
+    watched = Watched(tmp_path, dropouts=0)
+    watched.run()
+    server = tmp_path / "server"
+    for leftover in [*server.glob("round-*"), *server.glob("secure-*")]:
+        leftover.unlink()
+    with pytest.raises(MessageError, match=r"refused by node 1, node 2, .*put back from an old"):
+        watched.run()
+    assert not (server / "secure-faults.json").exists()
+    assert watched.charges() == [3, 3, 3, 3]
 
 
 def test_killed_between_a_lost_round_and_its_checkpoint(
@@ -334,7 +363,9 @@ def test_killed_between_a_lost_round_and_its_checkpoint(
     assert watched.sums == {1: 0}
     monkeypatch.setattr(SecureSite, "_deal", deal)
     monkeypatch.setattr("fedgraft_server.federation.save_checkpoint", save_checkpoint)
-    assert watched.run() == {2: 4, 3: 4}
+    asked: set[int] = set()
+    assert watched.run(lost=lambda site, number, kind: asked.add(number)) == {2: 4, 3: 4}
+    assert asked == {2, 3}
     assert watched.charges() == [3, 3, 3, 3]
 
 

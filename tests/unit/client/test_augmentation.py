@@ -104,22 +104,25 @@ def plan(vit_directory: Path) -> Plan:
     )
 
 
-def gradient(plan: Plan, count: int, **changes: object) -> dict[str, torch.Tensor]:
+def gradient(
+    plan: Plan, count: int, units: torch.Tensor | None = None, **changes: object
+) -> dict[str, torch.Tensor]:
     """What one distributed step without noise sums up."""
-    plan = plan.replace({"privacy.mechanism": "distributed", "aggregation.sites": 2, **changes})
+    plan = plan.replace({"privacy.mechanism": "distributed", "aggregation.sites": 3, **changes})
     bench = Runtime("cpu").workbench(plan)
     head = initial_head(plan, ("a", "b"), bench.adapted.feature_dim)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(1))
     raw = views(RECORDS["image"], plan.augmentation, plan.seed, "image")
     return train_round(
         bench, plan, 1, bench.initial, head, bench.cache(raw), torch.tensor([0, 1, 1]),
-        StepNoise(1.0, 0.05, 0.0, 0.0, None), NoiseSource.for_simulation("views"), count,
+        StepNoise(1.0, 0.05, 0.0, 0.0, None), NoiseSource.for_simulation("views"), count, units,
         views=plan.augmentation.views,
     )  # fmt: skip
 
 
-def test_views_are_averaged_before_clipping(plan: Plan) -> None:
-    """Against the definition: each view's gradient alone, the average of a record's, clipped."""
+@pytest.mark.parametrize("by_patient", [False, True])
+def test_views_are_averaged_before_clipping(plan: Plan, by_patient: bool) -> None:
+    """Against the definition: each view's gradient alone, the average of a unit's, clipped."""
     four = plan.replace({"augmentation": ALL.model_dump()})
     bench = Runtime("cpu").workbench(four)
     head = initial_head(four, ("a", "b"), bench.adapted.feature_dim)
@@ -130,9 +133,12 @@ def test_views_are_averaged_before_clipping(plan: Plan) -> None:
     names = [*bench.adapted.adapter.values(), *model.head.parameters()]
     rows = torch.cat([p.grad_sample.flatten(1) for p in names], dim=1).view(3, 4, -1)  # type: ignore[attr-defined]
     means = rows.mean(dim=1)
+    if by_patient:  # the first two records are one patient's
+        means = torch.stack([means[:2].mean(dim=0), means[2]])
+        four = four.replace({"privacy.unit": "patient"})
     assert bool((means.norm(dim=1) > 0.05).all())  # so that clipping acts
     clipped = (means * (0.05 / means.norm(dim=1, keepdim=True)).clamp(max=1)).sum(dim=0)
-    found = gradient(four, 64)
+    found = gradient(four, 64, torch.tensor([0, 0, 1]))
     summed = torch.cat([found[name].flatten() for name in bench.adapted.adapter])
     assert torch.allclose(summed, clipped[: len(summed)], atol=1e-5)
 

@@ -246,7 +246,7 @@ def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
     found = unwrap(parcel.object_id, parcel.object_content, MessageLimits())
     assert found.content == reply.content
     assert found.metadata.reply_to_message_id == received.metadata.message_id
-    assert fake.calls.count("pull-object") == 2  # the leaves of four objects
+    assert fake.calls.count("pull-object") == 3  # the ends of four objects
     calls = [call for call in fake.calls if call != "send-node-heartbeat"]
     assert calls[:2] == ["activate-node", "pull-messages"]
     assert calls.index("confirm-message-received") > calls.index("pull-object")
@@ -424,7 +424,7 @@ def test_what_is_known_by_its_hash_does_not_come_twice(fake: Fake) -> None:
             received = line.receive()
             assert received is not None
             assert (received.content, received.metadata.message_type) == (sent.content, kind)
-    assert fake.calls.count("pull-object") == 2
+    assert fake.calls.count("pull-object") == 3 + 1
     assert fake.calls.count("confirm-message-received") == 2
 
 

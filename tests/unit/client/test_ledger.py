@@ -27,6 +27,7 @@ from fedgraft_client.entry import (
     spent,
 )
 from fedgraft_client.ledger import Ledger
+from fedgraft_client.witness import Witness
 from fedgraft_common.accounting import SamplingEvent
 from fedgraft_common.errors import LedgerError, SealedError
 
@@ -205,6 +206,31 @@ def test_a_copy_that_went_on_alone_is_charged_for_both(tmp_path: Path) -> None:
         assert ledger.spent() == [SamplingEvent(0.5, 2.0, 60)]
         assert ledger.spent(PLAN) == [SamplingEvent(0.5, 2.0, 60)]
     Ledger(home, "x-rays", witness=witness).close()
+
+
+def test_a_recovery_that_is_killed_charges_at_least_what_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_rounds(tmp_path)
+    copytree(tmp_path, tmp_path / "copy")
+    with Ledger(tmp_path, "x-rays") as ledger:
+        ledger.reserve(charge(4))
+    witness = (tmp_path / "ledger.witness").read_bytes()
+    with Ledger(tmp_path / "copy", "x-rays") as ledger:
+        ledger.reserve(charge(4))  # the copy goes on alone
+    (tmp_path / "copy" / "ledger.witness").write_bytes(witness)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Witness, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Ledger(tmp_path / "copy", "x-rays", recover=True)
+    with pytest.raises(LedgerError, match="another history"):
+        Ledger(tmp_path / "copy", "x-rays")
+    with Ledger(tmp_path / "copy", "x-rays", recover=True) as ledger:
+        assert sum(event.steps for event in ledger.spent()) >= 5
 
 
 def test_an_old_witness_is_noticed(tmp_path: Path) -> None:

@@ -173,6 +173,44 @@ def test_an_old_ledger_put_back_is_noticed_before_it_answers(sites: Sites, tmp_p
         sites.ask("north", SecureStep.UNMASK, 1, question(sites, 1, 0, 1, 2))
 
 
+def put_back(directory: Path, copy: bytes) -> None:
+    for leftover in directory.glob("ledger.sqlite3-*"):
+        leftover.unlink()
+    (directory / "ledger.sqlite3").write_bytes(copy)
+
+
+def test_a_lost_round_is_closed_for_a_new_set_up_as_well(sites: Sites) -> None:
+    """Recovered from two histories: the round that only the witness knows had its input."""
+    home = sites.directory / "north"
+    old = (home / "ledger.sqlite3").read_bytes()
+    sites.mask("north", 1, vector(0))
+    witness = (home / "ledger.witness").read_bytes()
+    put_back(home, old)
+    (home / "ledger.witness").unlink()
+    Ledger(home, "x-rays", recover=True).close()
+    (home / "ledger.witness").write_bytes(witness)
+    with Ledger(home, "x-rays", recover=True) as ledger:
+        assert ledger.last_trained(PLAN.hash) == 1
+        assert ledger.last_trained("another plan") == 0
+    terms = secure_terms(PLAN, LENGTH, 32, b"another session.", 1).to_bytes()
+    with pytest.raises(MessageError, match="first round of the set-up"):
+        sites.ask("north", SecureStep.ADVERTISE, 1, terms)
+
+
+def test_a_state_from_before_a_recovery_is_not_used_even_if_it_is_there(sites: Sites) -> None:
+    home = sites.directory / "north"
+    old = home / "copy.sqlite3"
+    old.write_bytes((home / "ledger.sqlite3").read_bytes())
+    Ledger(home, "x-rays", recover=True).close()
+    with closing(sqlite3.connect(home / "ledger.sqlite3")) as file, file:
+        assert not file.execute("SELECT * FROM rounds").fetchall()
+        file.execute("ATTACH ? AS old", (str(old),))
+        file.execute("INSERT INTO rounds SELECT * FROM old.rounds")
+        assert file.execute("SELECT count(*) FROM rounds").fetchone() == (2,)
+    with pytest.raises(MessageError, match="the terms first"):
+        sites.mask("north", 1, vector(0))
+
+
 def test_a_changed_state_is_not_used(sites: Sites, tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "north" / "ledger.sqlite3")) as file, file:
         file.execute("UPDATE rounds SET content = x'00' WHERE plan LIKE '%/secure/rounds'")

@@ -1,4 +1,4 @@
-"""Requests from their leaves: the same message, or none."""
+"""Requests from their ends: the same message, or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from fedgraft_common.inflation import MessageLimits
 from fedgraft_common.messages import to_record
 from fedgraft_common.packing import pack
-from fedgraft_common.rebuilding import leaves_of, rebuild
+from fedgraft_common.rebuilding import ends_of, rebuild
 
 LIMITS = MessageLimits()
 METADATA = Metadata(
@@ -30,44 +30,42 @@ def request(content: RecordDict) -> Message:
     return make_message(metadata=copy(METADATA), content=content)
 
 
-def taken_apart(made: Message) -> tuple[str, Metadata, dict[str, bytes]]:
-    """Name, announced metadata and leaves."""
+def taken_apart(made: Message) -> tuple[str, dict[str, bytes]]:
+    """Name and ends."""
     objects = {name: thing.deflate() for name, thing in get_all_nested_objects(made).items()}
-    leaves = {name: objects[name] for name in leaves_of(get_object_tree(made))}
-    return made.object_id, copy(made.metadata), leaves
+    return made.object_id, {name: objects[name] for name in ends_of(get_object_tree(made))}
 
 
 @pytest.mark.parametrize(
     ("content", "count"),
     [
-        (RecordDict({"adapter": ADAPTER, "plan": PLAN}), 2),
-        (RecordDict({"adapter": ADAPTER, "plan": PLAN, "secure": SECURE}), 3),
-        (RecordDict({"adapter": ArrayRecord(), "plan": PLAN, "secure": SECURE}), 3),
+        (RecordDict({"adapter": ADAPTER, "plan": PLAN}), 3),
+        (RecordDict({"adapter": ADAPTER, "plan": PLAN, "secure": SECURE}), 4),
+        (RecordDict({"adapter": ArrayRecord(), "plan": PLAN, "secure": SECURE}), 4),
     ],
 )
-def test_every_request_comes_back_from_its_leaves(content: RecordDict, count: int) -> None:
+def test_every_request_comes_back_from_its_ends(content: RecordDict, count: int) -> None:
     made = request(content)
-    name, announced, leaves = taken_apart(made)
-    assert len(leaves) == count < len(get_all_nested_objects(made))
-    found = rebuild(name, announced, leaves, LIMITS)
+    made.metadata.__dict__["_src_task_id"] = 3  # which the SuperLink does not announce
+    name, ends = taken_apart(made)
+    assert len(ends) == count < len(get_all_nested_objects(made))
+    found = rebuild(name, ends, LIMITS)
     assert found is not None
     assert found.content == content
+    assert found.metadata.src_task_id == 3
     assert found.metadata.message_id == name
 
 
-def test_other_leaves_or_metadata_give_nothing() -> None:
+def test_other_ends_give_nothing() -> None:
     """What a dishonest server announces cannot become another message than the one it names."""
-    name, announced, leaves = taken_apart(request(RecordDict({"adapter": ADAPTER, "plan": PLAN})))
-    assert rebuild("0" * 64, announced, leaves, LIMITS) is None
-    for number, (leaf, content) in enumerate(leaves.items()):
-        others = dict(leaves)
-        others[leaf] = content[:-1] + bytes([content[-1] ^ 1])
-        assert rebuild(name, announced, others, LIMITS) is None
-        del others[leaf]
-        assert rebuild(name, announced, others, LIMITS) is None
-        assert number < 2
-    announced.message_type = "evaluate"
-    assert rebuild(name, announced, leaves, LIMITS) is None
+    name, ends = taken_apart(request(RecordDict({"adapter": ADAPTER, "plan": PLAN})))
+    assert rebuild("0" * 64, {**ends, "0" * 64: ends[name]}, LIMITS) is None
+    for end, content in ends.items():
+        others = dict(ends)
+        others[end] = content[:-1] + bytes([content[-1] ^ 1])
+        assert rebuild(name, others, LIMITS) is None
+        del others[end]
+        assert rebuild(name, others, LIMITS) is None
 
 
 def test_another_form_gives_nothing() -> None:
@@ -78,8 +76,6 @@ def test_another_form_gives_nothing() -> None:
         RecordDict({"plan": PLAN, "adapter": ADAPTER}),
         RecordDict({"adapter": ADAPTER, "plan": PLAN, "other": strange}),
     ):
-        name, announced, leaves = taken_apart(request(content))
-        assert rebuild(name, announced, leaves, LIMITS) is None
-    long = RecordDict({"adapter": ADAPTER, "plan": PLAN})
-    name, announced, leaves = taken_apart(request(long))
-    assert rebuild(name, announced, leaves, MessageLimits(description=10)) is None
+        assert rebuild(*taken_apart(request(content)), LIMITS) is None
+    name, ends = taken_apart(request(RecordDict({"adapter": ADAPTER, "plan": PLAN})))
+    assert rebuild(name, ends, MessageLimits(description=10)) is None

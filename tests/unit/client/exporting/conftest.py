@@ -26,8 +26,9 @@ KINDS: dict[FeatureKind, str] = {
 
 
 def leave_behind(
-    config: Backbone, directory: Path, method: str = "ffa-lora", features: FeatureKind = "pooled"
-) -> tuple[Path, Path]:
+    config: Backbone, directory: Path, method: str = "ffa-lora", features: FeatureKind = "pooled",
+    affine: bool = False,
+) -> tuple[Path, Path]:  # fmt: skip
     """A trained adapter and a head: (adapter directory, sealed file)."""
     adapter = Adapter(method=method, rank=2, tokens=3, layers="last:1")
     adapted = AdaptedBackbone(load_backbone(config), adapter, 0, features)
@@ -41,6 +42,9 @@ def leave_behind(
     with torch.no_grad():
         head.linear.weight.normal_(generator=generator)
         head.linear.bias.normal_(generator=generator)
+    if affine:
+        for parameter in head.with_affine().affine.parameters():  # type: ignore[union-attr]
+            torch.nn.init.normal_(parameter, mean=1.0, generator=generator)
     facts = {
         "task": task.spec.model_dump_json(),
         "backbone": config.model_dump_json(),

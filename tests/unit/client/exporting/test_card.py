@@ -52,6 +52,12 @@ def test_the_distributed_mechanism_rests_on_honest_sites() -> None:
     assert "The epsilon is the plan's target" in text
 
 
+def test_an_adapter_on_top_of_another_says_so() -> None:
+    assert "started from" not in card()
+    text = card({"adapter.start": "earlier/adapter", "adapter.start_sha256": "ab" * 32})
+    assert f"| started from | an earlier adapter, SHA-256 `{'ab' * 32}`, whose own" in text
+
+
 def test_no_promise_without_privacy() -> None:
     text = card({"privacy.mechanism": "none"}, results=RESULTS)
     assert "None: this run was made without differential privacy." in text

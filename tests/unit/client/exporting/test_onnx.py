@@ -39,6 +39,22 @@ def test_a_text_model_for_any_number_of_records(left: Callable[..., Parts], tmp_
     assert sorted(p.name for p in tmp_path.glob("*.onnx*")) == ["m.onnx", "q.onnx"]
 
 
+def test_a_sites_own_affine_part_goes_with_its_head(
+    left: Callable[..., Parts], tmp_path: Path
+) -> None:
+    parts = left("PatchTST", affine=True)
+    assert parts.model.head.affine is not None
+    path = tmp_path / "m.onnx"
+    assert export_onnx(parts.model, parts.model.backbone, path, {}) < 1e-4
+    inputs = parts.model.backbone.example(5, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        expected = parts.model(*inputs)
+        parts.model.head.affine = None
+        without = parts.model(*inputs)
+    assert not torch.allclose(expected, without, atol=1e-2)
+    torch.testing.assert_close(run_onnx(path, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
 class Clock(nn.Module):
     """Gives something else each time."""
 
