@@ -114,7 +114,7 @@ class DiscreteGaussian:
         """Of what is drawn, as the tables have it: E[y^2] is the sum of (2 j + 1) P[|y| > j]."""
         beyond = sum((2 * j + 1) * ((1 << _BITS) - t) for j, t in enumerate(self.thresholds))
         powers = (self.factor**level for level in range(self.levels))
-        return beyond / (1 << _BITS) * sum(p * p for p in powers)
+        return float(beyond / (1 << _BITS) * sum(p * p for p in powers))
 
     @cached_property
     def _search(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:

@@ -120,6 +120,12 @@ def answered(federation: Federation, name: str, folder: RunFolder) -> list[int]:
     return [mine[number] for number in done if number in mine]
 
 
+def status(federation: Federation, name: str) -> dict[str, object]:
+    """What a site's daemon says of itself; nothing before it has begun."""
+    file = federation.directory / name / "home" / "status.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def listed(federation: Federation, folder: RunFolder) -> dict[str, object]:
     rows: list[dict[str, object]] = json.loads(federation.fedgraft("runs", "--json"))
     return next(row for row in rows if row["run"] == folder.name)
@@ -338,17 +344,16 @@ def test_a_round_is_abandoned_at_the_second_interrupt(federation: Federation, pl
     folder = start(
         federation, plan.replace({**changes, "aggregation.minimum_sites": 1}), "--site", EAST[0]
     )
-    status = federation.directory / EAST[0] / "home" / "status.json"
-    until(lambda: json.loads(status.read_text())["state"] == "working", 120, federation)
+    until(lambda: status(federation, EAST[0]).get("state") == "working", 120, federation)
     ledger = federation.directory / EAST[0] / "home" / "records" / "ledger.sqlite3"
     until(lambda: read_ledger(ledger)[-1].kind is Kind.RESERVE, 120, federation)
     site = federation.processes[EAST[0]]
     site.send_signal(signal.SIGINT)
-    until(lambda: json.loads(status.read_text())["draining"], 60, federation)
+    until(lambda: bool(status(federation, EAST[0]).get("draining")), 60, federation)
     assert site.poll() is None  # it wants to finish the round
     site.send_signal(signal.SIGINT)
     assert site.wait(120) == 130
-    assert json.loads(status.read_text())["state"] == "stopped"
+    assert status(federation, EAST[0]).get("state") == "stopped"
     entries = read_ledger(ledger)
     last = entries[-1]
     assert (last.kind, last.body["plan"], last.body["steps"]) == (
@@ -357,7 +362,7 @@ def test_a_round_is_abandoned_at_the_second_interrupt(federation: Federation, pl
     assert verify(entries, 1e-5, ledger.with_name("ledger.witness")).reserved >= 1
     federation.fedgraft("stop", folder.name)
     federation.start_site(EAST[0])
-    until(lambda: json.loads(status.read_text())["state"] == "waiting", 120, federation)
+    until(lambda: status(federation, EAST[0]).get("state") == "waiting", 120, federation)
 
 
 @pytest.mark.timeout(180)
@@ -365,5 +370,4 @@ def test_sites_drain(federation: Federation) -> None:
     for name, number in zip(NAMES[:2], (signal.SIGTERM, signal.SIGINT), strict=True):
         federation.processes[name].send_signal(number)
         assert federation.processes[name].wait(120) == 0
-        status = federation.directory / name / "home" / "status.json"
-        assert json.loads(status.read_text())["state"] == "stopped"
+        assert status(federation, name)["state"] == "stopped"

@@ -108,7 +108,7 @@ def gradient(
     plan: Plan, count: int, units: torch.Tensor | None = None, **changes: object
 ) -> dict[str, torch.Tensor]:
     """What one distributed step without noise sums up."""
-    plan = plan.replace({"privacy.mechanism": "distributed", "aggregation.sites": 2, **changes})
+    plan = plan.replace({"privacy.mechanism": "distributed", "aggregation.sites": 3, **changes})
     bench = Runtime("cpu").workbench(plan)
     head = initial_head(plan, ("a", "b"), bench.adapted.feature_dim)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(1))

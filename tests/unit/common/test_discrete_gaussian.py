@@ -102,6 +102,13 @@ def test_a_standard_deviation_out_of_range(std: float) -> None:
         DiscreteGaussian(std)
 
 
+@pytest.mark.parametrize("base", [1.0, 4.0, 8.5])
+def test_a_table_too_small_to_compose_from(base: float) -> None:
+    with pytest.raises(ValueError, match="base"):
+        DiscreteGaussian(100.0, base)
+    assert DiscreteGaussian(100.0, 9.0).levels > 1
+
+
 @pytest.mark.parametrize(("std", "levels"), [(0.8, 1), (5.0, 1), (17.0, 2), (80.0, 3)])
 def test_samples_against_the_exact_probabilities(std: float, levels: int) -> None:
     """Chi-square; small tables (base 16), so that few lookups reach values that can be counted."""

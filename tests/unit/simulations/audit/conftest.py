@@ -12,7 +12,7 @@ from fedgraft_simulations.audit.candidates import Candidates
 from fedgraft_simulations.audit.membership import candidates_of
 from fedgraft_simulations.audit.part import AuditContext
 
-SITES, RECORDS = 2, 96
+SITES, RECORDS = 3, 144
 
 
 @pytest.fixture(scope="package")
@@ -30,7 +30,7 @@ def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def attacked_plan(digits_file: Path) -> Plan:
-    """Two sites, three rounds, the demo's backbone and adapter."""
+    """Three sites, three rounds, the demo's backbone and adapter."""
     return Plan().replace(
         {
             "name": "attacked",

@@ -145,9 +145,9 @@ def test_the_heads_gradient_would_give_features_away(
     targets = choose_targets(context, candidates, 4)
     victims = {
         i: Victim.of_images(run.plan, bench.initial, run.sites[i].trained_head(run.plan))
-        for i in range(2)
+        for i in range(3)
     }
-    hits = analytic_hits(candidates, targets, victims, [3.0, 3.0], np.random.default_rng(0))
+    hits = analytic_hits(candidates, targets, victims, [3.0] * 3, np.random.default_rng(0))
     assert hits[ONE] == 4
     assert hits[NOISED] <= 1
     assert hits[ROUND] <= 2

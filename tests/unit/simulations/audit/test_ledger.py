@@ -324,7 +324,7 @@ def test_class_means_are_charged_as_the_plan_asks_and_only_if_it_does(ledger: Le
     })  # fmt: skip
     means = SamplingEvent(1.0, plan.head.start_noise, 1)
     ledger.reserve(charge(1, plan, "start", event=means))
-    run(ledger, plan=plan, mechanism="distributed", shares=3)
+    run(ledger, plan=plan, mechanism="distributed", shares=2, colluders=1)
     rules = Policy(maximum_epsilon=5, maximum_delta=1e-4, mechanisms=("distributed",))
     assert failed(audit(ledger, rules, plan)) == set()
     ledger.reserve(charge(1, plan, "start", event=SamplingEvent(1.0, 1.0, 1)))

@@ -55,7 +55,7 @@ def test_every_attack_is_in_the_facts_as_plain_numbers(result: PartResult) -> No
     assert [roc["attack"] for roc in result.facts["released"]] == ["Attack-P", "Attack-R", "RMIA"]
     assert {roc["attack"] for roc in result.facts["heads"]} >= {"LiRA", "RMIA"}
     sizes = {p["members"] for roc in result.facts["released"] for p in roc["points"]}
-    assert sizes == {96}  # two runs of two sites with 24 members each
+    assert sizes == {144}  # two runs of three sites with 24 members each
 
 
 def test_it_leaves_no_reference_runs_behind(context: AuditContext, result: PartResult) -> None:

@@ -142,7 +142,9 @@ def test_sites_together_are_one_system(context: AuditContext, candidates: list[C
     found = attack(context, candidates, context.rehearsal.plan, step, 2)
     bench = context.rehearsal.sites[0].bench(context.rehearsal.plan)
     every = [sums(context, site, step, site.members, 0) for site in candidates]
-    found.add(1, bench.initial, {n: every[0][n] + every[1][n] for n in every[0]})
+    found.add(
+        1, bench.initial, {n: torch.stack([one[n] for one in every]).sum(0) for n in every[0]}
+    )
     members = np.concatenate([site.members for site in candidates])
     (weights,) = found.solve()
     assert weights.shape == members.shape
