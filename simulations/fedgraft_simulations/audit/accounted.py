@@ -35,12 +35,13 @@ from fedgraft_common.messages import (
     write_reply,
     write_secure,
 )
-from fedgraft_common.secure_messages import Advertisement, Answer, Sharing
+from fedgraft_common.secure_messages import Acceptance, Advertisement, Answer, Sharing
 from fedgraft_simulations.audit.rehearsal import Exchange
 
-SECURE_STEPS: dict[str, type[Advertisement | Sharing | Answer]] = {
+SECURE_STEPS: dict[str, type[Advertisement | Sharing | Acceptance | Answer]] = {
     SecureStep.ADVERTISE.message_type: Advertisement,
     SecureStep.SHARE.message_type: Sharing,
+    SecureStep.ACCEPT.message_type: Acceptance,
     SecureStep.UNMASK.message_type: Answer,
 }
 

@@ -17,6 +17,7 @@ from fedgraft_common.messages import (
     COUNTS,
     STATUS,
     Counts,
+    SecureStep,
     Status,
     TensorSpec,
     digest,
@@ -26,7 +27,7 @@ from fedgraft_common.messages import (
     write_secure,
 )
 from fedgraft_common.secure_messages import Sharing
-from fedgraft_simulations.audit.accounted import account_for, why_not
+from fedgraft_simulations.audit.accounted import SECURE_STEPS, account_for, why_not
 from fedgraft_simulations.audit.rehearsal import Exchange
 from fedgraft_simulations.local_grid import LocalGrid
 
@@ -163,3 +164,7 @@ def test_a_message_of_secure_aggregation_is_its_fields_and_no_more(
     reply = guard_secure(write_secure(asked, 5, Status.OK, message), asked, 5, lambda _: True)
     exchange = as_sent(asked, reply, "query.share")
     assert (why_not(exchange, SCHEMA) is None) is explained
+
+
+def test_every_step_of_secure_aggregation_has_a_form() -> None:
+    assert set(SECURE_STEPS) == {step.message_type for step in SecureStep}
