@@ -39,7 +39,7 @@ from fedgraft_simulations.cli import PLANS
 from fedgraft_simulations.local_grid import LocalGrid, local_context
 from fedgraft_simulations.sites import SimulatedSites
 
-SITES = 2
+SITES = 3
 WAIT = 120.0  # seconds; the machine may be busy
 
 
@@ -52,15 +52,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 @pytest.fixture
 def plan() -> Plan:
-    """The demo's data and backbone, for two sites and three rounds."""
+    """The demo's data and backbone, for three sites and three rounds."""
     changes = {"sites.count": SITES, "rounds.count": 3, "rounds.deadline": 600.0}
     plan = load_plan(PLANS / "digits.toml").replace(
-        changes | {"aggregation.sites": SITES, "sites.partitioner": "IidPartitioner"}
-    )
-    # Each site is a simulation of its own here, with its own keys: test_secure_federation.py
-    return plan.replace(
-        {"sites.options": {}, "sites.label_sets": (), "privacy.secure_aggregation": "summed"}
-    )
+        changes | {"aggregation.sites": SITES, "sites.partitioner": "IidPartitioner",
+                   "privacy.mechanism": "local"}
+    )  # fmt: skip
+    return plan.replace({"sites.options": {}, "sites.label_sets": ()})
 
 
 @contextmanager
@@ -140,7 +138,7 @@ def test_resident_sites_give_the_adapter_of_the_simulation(
         return cast(ClientApp, one_at_a_time)
 
     with resident(server, [app(0), app(1)]) as daemons:
-        until(lambda: all(d.health.connected for d in daemons), "both connected")
+        until(lambda: all(d.health.connected for d in daemons), "all connected")
         nodes = nodes_of(server, "site 0", "site 1")
         number = server.start(plan, tmp_path / "run", nodes)
         finish(server, number)
@@ -270,7 +268,7 @@ def test_a_site_that_is_killed_and_restarted_takes_part_again(
             return max(names, default="") >= f"round-{round_number:06d}"
 
         processes = [start(0), start(1)]
-        until(lambda: len(nodes_of(server, *names)) == SITES, "both connected")
+        until(lambda: len(nodes_of(server, *names)) == SITES, "all connected")
         number = server.start(plan, tmp_path / "run", nodes_of(server, *names))
         for round_number in (2, 5):
             until(partial(reached, round_number), f"round {round_number} finished")
@@ -387,6 +385,6 @@ def test_the_same_app_runs_under_a_stock_supernode(
         def joined() -> list[int]:
             return [n.id for n in server.nodes() if n.id not in before and n.status == "online"]
 
-        until(lambda: len(joined()) == SITES, "both connected")
+        until(lambda: len(joined()) == SITES, "all connected")
         finish(server, server.start(plan, tmp_path / "run", joined()), patience=1200)
     assert_same(final_adapter(plan, tmp_path / "run"), expected, plan)
