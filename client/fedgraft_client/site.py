@@ -1,4 +1,4 @@
-"""A site: its records, its head, and its answer to a round's request.
+"""A site: its records, its head, its answer to a round. Long: all that it ever does is in one file.
 
 The way a request takes:
 
