@@ -44,6 +44,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -75,7 +76,8 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
-from fedgraft_common.parcel import is_parcel, unwrap, wrap
+from fedgraft_common.inline import announce, is_inline, opened, place_holder
+from fedgraft_common.parcel import wrap
 from fedgraft_common.rebuilding import ends_of, rebuild
 from fedgraft_common.remembered import Remembered
 
@@ -110,13 +112,13 @@ class Outgoing:
     """A reply on its way: built once, so that sending it again sends the same bytes.
 
     Attributes:
-        message: the reply without its content.
+        message: its announcement.
         run: Flower's number of the run.
         tree: the names of its objects.
         contents: bytes of each object, by its SHA-256.
     """
 
-    message: Message
+    message: ProtoMessage
     run: int
     tree: ObjectTree
     contents: dict[str, bytes] = field(repr=False)
@@ -158,7 +160,7 @@ class FleetConnection:
         self._client = _Client(f"{scheme}://{address}", key, tls, self.limits)
         self._remembered = Remembered()
         self._received: ConfirmMessageReceivedRequest | None = None
-        self._rebuilt = ""  # id of the last request, if its server can open parcels
+        self._ours = ""  # id of the last request, if it is of our server's form
         self._node: Node | None = None
         self._heart: HeartbeatSender | None = None
         try:
@@ -195,25 +197,35 @@ class FleetConnection:
             if not response.message_object_trees:
                 raise malformed("a message without objects")
             tree = response.message_object_trees[0]
-            run = response.messages_list[0].metadata.run_id
-            message, contents = self._pull(run, tree)
-        self._rebuilt = "" if message is None else tree.object_id
-        self._received = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=run, message_object_id=tree.object_id
-        )
-        if message is None:
-            message = inflate_message(tree.object_id, contents, self.limits.message)
+            announced = response.messages_list[0]
+            run = announced.metadata.run_id
+            if is_inline(announced):
+                message = opened(announced, self.limits.message)
+                self._ours = tree.object_id
+            else:
+                message = self._pull(run, tree)
+                self._received = ConfirmMessageReceivedRequest(
+                    node=self._node, run_id=run, message_object_id=tree.object_id
+                )
         if message.metadata.run_id != run or message.metadata.dst_node_id != self.node_id:
             raise malformed("a message for another run or site")
         return message
 
     def prepare(self, reply: Message) -> Outgoing:
-        """Turns a reply into what is sent: one object if the request is of our server's form."""
-        is_ours = reply.metadata.reply_to_message_id == self._rebuilt
+        """Turns a reply into what is sent: one message if the request is of our server's form.
+
+        An older server of ours takes such a reply for a failed one: servers are upgraded first.
+        """
+        is_ours = reply.metadata.reply_to_message_id == self._ours
+        if is_ours:
+            name, content = place_holder(reply.metadata.reply_to_message_id)
+            if (announced := announce(reply, name)) is not None:
+                tree = ObjectTree(object_id=name)
+                return Outgoing(announced, reply.metadata.run_id, tree, {name: content})
         if is_ours and (parcel := wrap(reply)) is not None:
             name = get_object_id(parcel)
             reply.metadata.__dict__["_message_id"] = name
-            stripped = remove_content_from_message(reply)
+            stripped = message_to_proto(remove_content_from_message(reply))
             return Outgoing(
                 stripped, reply.metadata.run_id, ObjectTree(object_id=name), {name: parcel}
             )
@@ -222,7 +234,8 @@ class FleetConnection:
             tree = get_object_tree(reply)
             objects: dict[str, InflatableObject] = get_all_nested_objects(reply)
             contents = {name: thing.deflate() for name, thing in objects.items()}
-        return Outgoing(remove_content_from_message(reply), reply.metadata.run_id, tree, contents)
+        stripped = message_to_proto(remove_content_from_message(reply))
+        return Outgoing(stripped, reply.metadata.run_id, tree, contents)
 
     def send(self, reply: Outgoing) -> None:
         """Sends a reply; it may have been sent before, in part or as a whole.
@@ -275,7 +288,7 @@ class FleetConnection:
         response = self._client.PushMessages(
             PushMessagesRequest(
                 node=self._node,
-                messages_list=[message_to_proto(reply.message)],
+                messages_list=[reply.message],
                 message_object_trees=[reply.tree],
             )
         )
@@ -324,8 +337,8 @@ class FleetConnection:
             log.debug("heartbeat: %s", error, extra={"action": "heartbeat"})
             return False
 
-    def _pull(self, run: int, tree: ObjectTree) -> tuple[Message | None, dict[str, bytes]]:
-        """The message if it is of our form, or else the contents of all its objects."""
+    def _pull(self, run: int, tree: ObjectTree) -> Message:
+        """A message that comes in pieces; the fewest if it is of our form."""
         names = object_names(tree, self.limits.message)
         own = tree.object_id
         room = self.limits.message.bytes
@@ -355,12 +368,12 @@ class FleetConnection:
 
         try:
             contents = pull_all(ends_of(tree))
-            if is_parcel(contents[own]):
-                return unwrap(own, contents[own], self.limits.message), {}
             message = rebuild(own, contents, self.limits.message)
+            self._ours = "" if message is None else own
             if message is None:
                 contents |= pull_all([name for name in names if name not in contents])
-            return message, contents
+                message = inflate_message(own, contents, self.limits.message)
+            return message
         except ObjectPullError as error:
             raise malformed(str(error)) from None
 

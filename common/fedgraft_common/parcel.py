@@ -13,10 +13,11 @@ from typing import Final
 
 from flwr.app import Message
 from flwr.app.message.arraychunk import ArrayChunk
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedgraft_common.inflation import MessageLimits, malformed
+from fedgraft_common.inline import opened
 
 LARGEST: Final = 4 * 1024 * 1024
 """Bytes of a parcel at most; Flower's own pieces are 5 MiB, and a gateway takes no more than 16."""
@@ -47,11 +48,8 @@ def unwrap(name: str, content: bytes, limits: MessageLimits) -> Message:
     """
     try:
         found = ProtoMessage.FromString(bytes(ArrayChunk.inflate(content).data))
-        pieces = sum(len(item.array_record.items) for item in found.content.items)
-        if pieces > limits.objects:
-            raise ValueError(f"{pieces} arrays")
-        message = message_from_proto(found)
     except Exception as error:  # Flower's readers raise whatever protobuf, str and dict do
         raise malformed(type(error).__name__) from None
+    message = opened(found, limits)
     message.metadata.__dict__["_message_id"] = name
     return message

@@ -23,6 +23,7 @@ from typing import Final
 from flwr.app import Message
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_object_id
@@ -37,6 +38,7 @@ from fedgraft_common.inflation import (
     object_names,
     too_large,
 )
+from fedgraft_common.inline import is_inline, opened
 from fedgraft_common.parcel import is_parcel, unwrap
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class Replies:
         limits: what one reply may be.
 
     Attributes:
-        able: nodes whose replies were parcels: they can open one.
+        able: nodes whose replies came in their announcements: they can read such a request.
     """
 
     def __init__(self, grid: Grid, limits: MessageLimits | None = None) -> None:
@@ -87,6 +89,7 @@ class Replies:
         self._limits = limits or MessageLimits()
         self.able: set[int] = set()
         self._arriving: dict[str, Arriving] = {}
+        self._inline: list[Message] = []
         self._interrupted = False
         self._complete_ones: list[str] = []  # whose objects the SuperLink may delete
         if isinstance(grid, HttpGrid):
@@ -109,7 +112,8 @@ class Replies:
         announced = {arriving.reply_to for arriving in self._arriving.values()}
         if awaited := [name for name in request_ids if name not in announced]:
             self._announce(self._grid, awaited)
-        return [
+        inline, self._inline = self._inline, []
+        return inline + [
             reply
             for name, arriving in list(self._arriving.items())
             if (reply := self._complete(self._grid, name, arriving)) is not None
@@ -152,6 +156,9 @@ class Replies:
         for message, tree in zip(
             response.messages_list, response.message_object_trees, strict=True
         ):
+            if is_inline(message):
+                self._inline.append(self._opened(message))
+                continue
             announced = message_from_proto(message)
             try:
                 names = object_names(tree, self._limits)
@@ -159,6 +166,18 @@ class Replies:
                 names = []  # then it has no content
             arriving = Arriving(announced, names, self._limits.bytes)
             self._arriving[message.metadata.message_id] = arriving
+
+    def _opened(self, message: ProtoMessage) -> Message:
+        node = message.metadata.src_node_id
+        try:
+            reply = opened(message, self._limits)
+        except MessageError as error:
+            log.warning("%s", error, extra={"action": "refuse", "site": node})
+            message.ClearField("content")
+            message.content.SetInParent()
+            return message_from_proto(message)
+        self.able.add(node)
+        return reply
 
     def _complete(self, grid: HttpGrid, name: str, arriving: Arriving) -> Message | None:
         client, run = grid._runtime_client, grid.run.run_id
@@ -193,7 +212,6 @@ class Replies:
             raise too_large(self._limits)
         own = arriving.contents.get(name, b"")
         if is_parcel(own):
-            self.able.add(arriving.node)
             reply = unwrap(name, own, self._limits)
         else:
             reply = inflate_message(name, arriving.contents, self._limits)

@@ -1,33 +1,36 @@
-"""Requests on their way to sites, each as one object where a site can read that.
+"""Requests on their way to sites, in one call where a site can read that.
 
 Flower pushes each object of a message in a call of its own, and each site pulls each of them. Whose
-reply came as a parcel (`fedgraft_common.parcel`) can open one: it gets the next small request as
-one. All others, a stock SuperNode among them, get Flower's objects; and so does everyone who gets a
-large adapter, which all sites then share.
+reply came inside its announcement (`fedgraft_common.inline`) can read such a message: it gets the
+next small request so. All others, a stock SuperNode among them, get Flower's objects; and so does
+everyone who gets a large adapter, which all sites then share.
+
+A place holder stands for one request after the other to the same site, and a reply names its
+request by it. So each request has a group id of its own, which a reply repeats: one to an earlier
+request, sent once more because a connection broke, is not taken for one to the present request.
 
 `tests/unit/server/test_requests.py` pins every name used here to flwr 1.41.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Final
 
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
 from flwr.superlink.grid import HttpGrid
 
-from fedgraft_common.parcel import wrap
+from fedgraft_common.inline import SMALL, announce, place_holder
 
-SMALL: Final = 64 * 1024
-"""Bytes of a request that is worth sending to each site anew."""
+_TOKEN: Final = 16  # bytes of what no other process and no other request has
 
 
 class Requests:
@@ -39,46 +42,75 @@ class Requests:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._free: dict[int, list[tuple[str, bytes]]] = defaultdict(list)
+        self._sent: dict[str, tuple[Message, bytes]] = {}  # by place holder, which is its content
 
     def push(self, messages: Sequence[Message], able: Collection[int]) -> list[str]:
         """Hands messages to the SuperLink.
 
         Args:
             messages: to sites.
-            able: nodes that can open parcels.
+            able: nodes that can read a message in its announcement.
 
         Returns:
             The id of each message, empty where the SuperLink took none.
         """
-        parcels: dict[int, bytes] = {}
+        announced: dict[int, ProtoMessage] = {}
         if isinstance(self._grid, HttpGrid):
             for place, message in enumerate(messages):
-                if message.metadata.dst_node_id in able and _is_small(message):
-                    parcels[place] = wrap(message) or b""
-        plain = [message for place, message in enumerate(messages) if place not in parcels]
+                is_able = message.metadata.dst_node_id in able and _is_small(message)
+                if is_able and (one := self._announced(message)) is not None:
+                    announced[place] = one
+        plain = [message for place, message in enumerate(messages) if place not in announced]
         ids = iter(self._grid.push_messages(plain) if plain else ())
-        sent = iter(self._push(self._grid, [(messages[p], c) for p, c in parcels.items()]))
-        return [next(sent) if place in parcels else next(ids) for place in range(len(messages))]
+        sent = iter(self._push(self._grid, list(announced.values())))
+        return [next(sent) if place in announced else next(ids) for place in range(len(messages))]
 
-    def _push(self, grid: Grid, parcels: Sequence[tuple[Message, bytes]]) -> list[str]:
-        if not parcels or not isinstance(grid, HttpGrid):
+    def settle(self, reply: Message) -> bool:
+        """Whether this is the reply to the request it names; its place holder is then free.
+
+        Where the SuperLink made an error of it, it may still have the request: that place holder is
+        not used again.
+        """
+        name = reply.metadata.reply_to_message_id
+        if name not in self._sent:
+            return True  # that one went the other way
+        request, content = self._sent.pop(name)
+        if reply.metadata.group_id != request.metadata.group_id:
+            return False
+        if not reply.has_error():
+            self._free[request.metadata.dst_node_id].append((name, content))
+        return True
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Nobody waits for a reply to these any more; their place holders are not used again."""
+        for name in ids:
+            self._sent.pop(name, None)
+
+    def _announced(self, message: Message) -> ProtoMessage | None:
+        free = self._free[message.metadata.dst_node_id]
+        name, content = free.pop() if free else place_holder(secrets.token_hex(_TOKEN))
+        message.metadata.__dict__["_group_id"] = secrets.token_hex(_TOKEN)
+        announced = announce(message, name)
+        if announced is None:
+            free.append((name, content))
+        else:
+            self._sent[name] = message, content
+        return announced
+
+    def _push(self, grid: Grid, announced: Sequence[ProtoMessage]) -> list[str]:
+        if not announced or not isinstance(grid, HttpGrid):
             return []
-        contents: dict[str, bytes] = {}
-        for message, content in parcels:
-            name = get_object_id(content)
-            message.metadata.__dict__["_message_id"] = name
-            contents[name] = content
+        names = [message.metadata.message_id for message in announced]
         response = grid._runtime_client.PushMessages(
             PushAppMessagesRequest(
-                messages_list=[
-                    message_to_proto(remove_content_from_message(message)) for message, _ in parcels
-                ],
-                message_object_trees=[ObjectTree(object_id=name) for name in contents],
+                messages_list=announced,
+                message_object_trees=[ObjectTree(object_id=name) for name in names],
             )
         )
         wanted = set(response.objects_to_push)
         push_object_contents_from_iterable(
-            [(name, content) for name, content in contents.items() if name in wanted],
+            [(name, self._sent[name][1]) for name in names if name in wanted],
             make_push_object_fn_protobuf(
                 push_object_protobuf=grid._runtime_client.PushObject,
                 node=grid.node,
@@ -86,6 +118,7 @@ class Requests:
                 session_id=response.session_id,
             ),
         )
+        self.forget(set(names) - set(response.message_ids))
         return list(response.message_ids)
 
 

@@ -260,6 +260,7 @@ class SuperlinkGrid(Grid):
                 break
             pause = self._patience.look(now - heard, has_bell=rung > 0)
             self._rest(min(pause, max(end - now, 0.0)), rung)
+        self._requests.forget({name for asked in owing.values() for name in asked.ids})
         if owing:
             self._away |= owing.keys() - connected.keys()
             if self._clock() >= end:
@@ -309,8 +310,14 @@ class SuperlinkGrid(Grid):
         node = next((n for n, asked in owing.items() if name in asked.ids), None)
         if node is None:
             return None
+        is_settled = self._requests.settle(reply)
         if reply.has_error():  # made by the SuperLink; a site's own failures are statuses
             log.info("lost: %s", reply.error.reason, extra={"action": "lost", "site": node})
+            owing[node].lost = True
+            owing[node].ids.discard(name)
+            return None
+        if not is_settled:
+            log.info("an earlier reply came again", extra={"action": "lost", "site": node})
             owing[node].lost = True
             owing[node].ids.discard(name)
             return None

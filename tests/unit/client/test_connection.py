@@ -42,11 +42,11 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
     PushObjectResponse,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_id,
     get_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
@@ -58,9 +58,10 @@ from fedgraft_client import connection as module
 from fedgraft_client.connection import Dialler, FleetConnection, Limits, RunOver
 from fedgraft_common.errors import LinkError, MessageError
 from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.inline import announce, is_inline, opened, place_holder
 from fedgraft_common.messages import Status, to_record, write_reply
 from fedgraft_common.packing import pack
-from fedgraft_common.parcel import LARGEST, unwrap, wrap
+from fedgraft_common.parcel import LARGEST, unwrap
 
 NODE = 2**63 + 5
 KEY = ec.generate_private_key(ec.SECP384R1())
@@ -95,7 +96,8 @@ class Fake:
                 call = self.path.rpartition("/")[2]
                 fake.calls.append(call)
                 fake.bodies.setdefault(call, []).append(body)
-                fake.headers = {k.lower(): v for k, v in self.headers.items()}
+                if call != "send-node-heartbeat":  # sent by a thread, at any moment
+                    fake.headers = {k.lower(): v for k, v in self.headers.items()}
                 answer = fake.answers[call]
                 if fake.broken.get(call, 0):
                     fake.broken[call] -= 1
@@ -211,10 +213,12 @@ def test_nothing_that_fetches_or_ends_is_used() -> None:
 
 def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
     fake.offer(message())
+    announced: list[ProtoMessage] = []
     pushed: list[PushObjectRequest] = []
 
     def push_message(body: bytes) -> tuple[int, bytes]:
         request = PushMessagesRequest.FromString(body)
+        announced.extend(request.messages_list)
         assert list(request.clientapp_runtime_list) == []  # how long it took stays at the site
         wanted: list[str] = []
 
@@ -242,9 +246,11 @@ def test_a_message_is_fetched_confirmed_and_answered(fake: Fake) -> None:
         assert received.metadata.message_id == received.object_id
         reply = write_reply(received, 1, Status.OK)
         line.send(line.prepare(reply))
-    [parcel] = pushed  # a reply is one object
-    found = unwrap(parcel.object_id, parcel.object_content, MessageLimits())
+    [place_holder] = pushed
+    assert len(place_holder.object_content) < 200  # the reply is in its announcement
+    found = opened(announced[0], MessageLimits())
     assert found.content == reply.content
+    assert found.metadata.message_id == place_holder.object_id
     assert found.metadata.reply_to_message_id == received.metadata.message_id
     assert fake.calls.count("pull-object") == 3  # the ends of four objects
     calls = [call for call in fake.calls if call != "send-node-heartbeat"]
@@ -428,24 +434,42 @@ def test_what_is_known_by_its_hash_does_not_come_twice(fake: Fake) -> None:
     assert fake.calls.count("confirm-message-received") == 2
 
 
-def test_a_request_may_come_as_one_object(fake: Fake) -> None:
-    sent = message()
-    content = wrap(sent)
-    assert content is not None
-    sent.metadata.__dict__["_message_id"] = name = get_object_id(content)
-    bare = make_message(metadata=sent.metadata, content=RecordDict())
+def offer_announced(fake: Fake, sent: Message) -> str:
+    """Its place holder's name."""
+    name, _ = place_holder("a")
+    announced = announce(sent, name)
+    assert announced is not None
     response = PullMessagesResponse(
-        messages_list=[message_to_proto(bare)], message_object_trees=[ObjectTree(object_id=name)]
+        messages_list=[announced], message_object_trees=[ObjectTree(object_id=name)]
     )
     fake.answers["pull-messages"] = (200, response.SerializeToString())
-    found = PullObjectResponse(object_found=True, object_available=True, object_content=content)
-    fake.answers["pull-object"] = (200, found.SerializeToString())
+    return name
+
+
+def test_a_request_may_come_in_its_announcement(fake: Fake) -> None:
+    sent = message()
+    name = offer_announced(fake, sent)
     with FleetConnection(fake.address, KEY, tls=None) as line:
         received = line.receive()
         assert received is not None
         assert received.content == sent.content
         assert received.metadata.message_id == name
-        assert len(line.prepare(write_reply(received, 1, Status.OK)).contents) == 1
+        reply = line.prepare(write_reply(received, 1, Status.OK))
+        assert is_inline(reply.message)
+        line.receive()
+    assert not {"pull-object", "confirm-message-received"} & set(fake.calls)  # nothing to delete
+
+
+@pytest.mark.parametrize("limits", [MessageLimits(bytes=100), MessageLimits(objects=1)])
+def test_an_announcement_beyond_the_limits_is_refused(fake: Fake, limits: MessageLimits) -> None:
+    sent = message()
+    sent.content["adapter"] = to_record({"a": torch.zeros(2), "b": torch.ones(3)})
+    offer_announced(fake, sent)
+    with (
+        FleetConnection(fake.address, KEY, None, Limits(message=limits)) as line,
+        pytest.raises(MessageError),
+    ):
+        line.receive()
 
 
 def test_a_request_of_another_form_comes_as_well(fake: Fake) -> None:
@@ -461,7 +485,7 @@ def test_a_request_of_another_form_comes_as_well(fake: Fake) -> None:
     assert len(reply.contents) == 4  # whoever sent it may know nothing of parcels
 
 
-def test_a_large_reply_moves_in_pieces(fake: Fake) -> None:
+def test_a_larger_reply_is_one_object_and_a_large_one_moves_in_pieces(fake: Fake) -> None:
     half = pack(to_record({"a": torch.zeros(LARGEST // 8)}))
     whole = pack(to_record({"a": torch.zeros(LARGEST // 4)}))
     fake.offer(message())
@@ -471,7 +495,10 @@ def test_a_large_reply_moves_in_pieces(fake: Fake) -> None:
         small, large = (
             line.prepare(write_reply(request, 1, Status.OK, found)) for found in (half, whole)
         )
+    assert not is_inline(small.message)
     assert list(small.contents) == [small.tree.object_id] == [small.message.metadata.message_id]
+    found = unwrap(small.tree.object_id, small.contents[small.tree.object_id], MessageLimits())
+    assert found.content["adapter"] == half
     assert len(large.contents) == 6
     assert large.tree.object_id == large.message.metadata.message_id
 

@@ -26,6 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.inline import announce, place_holder
 from fedgraft_common.messages import Status, read_status, to_record, write_reply
 from fedgraft_common.packing import pack
 from fedgraft_common.parcel import wrap
@@ -158,11 +159,47 @@ def parcel(api: Api, node: int, **forged: Any) -> Message:
 
 def test_a_reply_may_come_as_one_object(api: Api, replies: Replies) -> None:
     sent = parcel(api, 3)
-    assert replies.able == set()
     [found] = replies.collect(["r1"])
     assert found.content == sent.content
     assert found.metadata.message_id == sent.metadata.message_id
+    assert replies.able == set()
+
+
+def announced(api: Api, node: int) -> Message:
+    """A reply to r1 in its announcement."""
+    sent = api.arrive("r1", node)
+    name, _ = place_holder("r1")
+    announcement = announce(sent, name)
+    assert announcement is not None
+    api.objects.clear()
+    response = PullAppMessagesResponse(
+        messages_list=[announcement], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    return sent
+
+
+def test_a_reply_may_come_in_its_announcement(api: Api, replies: Replies) -> None:
+    sent = announced(api, 3)
+    assert replies.able == set()
+    [found] = replies.collect(["r1"])
+    assert found.content == sent.content
+    assert found.metadata == sent.metadata
     assert replies.able == {3}
+    replies.tidy()
+    assert api.confirmed == []  # nothing to delete
+
+
+@pytest.mark.parametrize("limits", [MessageLimits(bytes=100), MessageLimits(objects=0)])
+def test_a_malformed_announcement_is_an_answer_without_content(
+    api: Api, replies: Replies, limits: MessageLimits
+) -> None:
+    replies._limits = limits
+    announced(api, 3)
+    [found] = replies.collect(["r1"])
+    assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
+    assert read_status(found) is Status.FAILED
+    assert replies.able == set()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Requests as one object, and as Flower's, through a Runtime API that exists in memory only."""
+"""Requests in their announcements, and as Flower's, through a Runtime API in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 from flwr.proto.runtime_pb2 import PushAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -19,10 +21,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.inline import SMALL, is_inline, opened
 from fedgraft_common.messages import to_record
 from fedgraft_common.packing import pack
-from fedgraft_common.parcel import unwrap
-from fedgraft_server.requests import SMALL, Requests
+from fedgraft_server.requests import Requests
 
 
 class Api:
@@ -30,6 +32,8 @@ class Api:
 
     def __init__(self) -> None:
         self.trees: dict[int, ObjectTree] = {}
+        self.announced: dict[int, ProtoMessage] = {}
+        self.sent: list[Message] = []
         self.objects: dict[str, bytes] = {}
         self.refused: set[int] = set()
 
@@ -40,7 +44,10 @@ class Api:
             ids.append("" if node in self.refused else message.metadata.message_id)
             if node not in self.refused:
                 self.trees[node] = tree
-                wanted += [part.object_id for part in iterate_object_tree(tree)]
+                self.announced[node] = message
+                self.sent.append(message_from_proto(message))
+                names = [part.object_id for part in iterate_object_tree(tree)]
+                wanted += [name for name in names if name not in self.objects]
         return PushAppMessagesResponse(message_ids=ids, objects_to_push=wanted, session_id="s")
 
     def PushObject(self, request: Any) -> PushObjectResponse:  # noqa: N802
@@ -84,7 +91,11 @@ def test_flower_has_what_is_used_here() -> None:
     ]  # fmt: skip
 
 
-def test_who_can_open_a_parcel_gets_one(api: Api, requests: Requests) -> None:
+def reply_to(request: Message) -> Message:
+    return Message(RecordDict({"status": ConfigRecord({"status": "ok"})}), reply_to=request)
+
+
+def test_who_can_read_announcements_gets_one(api: Api, requests: Requests) -> None:
     sent = messages(4)
     ids = requests.push(sent, able={3, 5})
     assert ids == [message.metadata.message_id for message in sent]
@@ -93,11 +104,48 @@ def test_who_can_open_a_parcel_gets_one(api: Api, requests: Requests) -> None:
         node = message.metadata.dst_node_id
         tree = api.trees[node]
         assert tree.object_id == name
-        assert bool(tree.children) == (node in (2, 4))
+        assert is_inline(api.announced[node]) == (node in (3, 5)) != bool(tree.children)
         if node in (3, 5):
-            found = unwrap(name, api.objects[name], MessageLimits())
+            found = opened(api.announced[node], MessageLimits())
             assert found.content == message.content
             assert (found.metadata.dst_node_id, found.metadata.run_id) == (node, 1)
+            assert len(api.objects[name]) < 200
+
+
+def test_a_place_holder_is_used_again_when_its_reply_has_come(api: Api, requests: Requests) -> None:
+    names = [requests.push(messages(1), able={2})[0]]
+    first = reply_to(api.sent[-1])
+    assert requests.settle(first)
+    names += requests.push(messages(1), able={2})
+    second = reply_to(api.sent[-1])
+    assert not requests.settle(first)  # it came again: its request is another one now
+    names += requests.push(messages(1), able={2})
+    assert requests.settle(reply_to(api.sent[-1]))
+    assert names[0] == names[1] != names[2]
+    assert first.metadata.group_id != second.metadata.group_id
+    assert len(api.objects) == 2  # each place holder was pushed once
+
+
+def test_a_place_holder_whose_request_may_still_be_there_is_not_used_again(
+    api: Api, requests: Requests
+) -> None:
+    names = [requests.push(messages(1), able={2})[0]]
+    assert requests.settle(Message(Error(1, "node is not available"), reply_to=api.sent[-1]))
+    names += requests.push(messages(1), able={2})
+    requests.forget(names)
+    names += requests.push(messages(1), able={2})
+    api.refused = {2}
+    requests.push(messages(1), able={2})
+    api.refused = set()
+    names += requests.push(messages(1), able={2})
+    assert len(set(names)) == 4
+    assert requests._sent.keys() == set(names[-2:])
+
+
+def test_requests_that_went_another_way_are_settled_by_any_reply(requests: Requests) -> None:
+    sent = messages(1)
+    requests.push(sent, able=set())
+    assert requests.settle(reply_to(sent[0]))
 
 
 def test_a_large_request_is_shared(api: Api, requests: Requests) -> None:
