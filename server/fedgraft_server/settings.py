@@ -70,8 +70,15 @@ class SuperLinkTable(_Table):
     """Flower's server process, on 127.0.0.1 only."""
 
     port: Port = Field(
-        default=9446, description="Never open it to other machines: FLOWER.md says why."
+        default=9446,
+        le=65534,
+        description="And the one after it. Never open them to other machines: FLOWER.md says why.",
     )
+
+    @property
+    def fleet_port(self) -> int:
+        """The neighbour, where Flower's Fleet calls can be made over gRPC."""
+        return self.port + 1
 
 
 class CertificatesTable(_Table):
@@ -100,9 +107,13 @@ class Settings(_Table):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:
-        ports = (self.gateway.port, self.gateway.join_port, self.backbone.port, self.superlink.port)
+        link = self.superlink
+        ports = (
+            self.gateway.port, self.gateway.join_port, self.backbone.port, link.port,
+            link.fleet_port,
+        )  # fmt: skip
         if len(set(ports)) < len(ports):
-            raise ValueError(f"four different ports are needed, found {ports}")
+            raise ValueError(f"five different ports are needed, found {ports}")
         return self
 
     @property

@@ -26,6 +26,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 
 from fedgraft_common.errors import ServerError
 from fedgraft_common.logs import AS_JSON
+from fedgraft_server.fleet_port import OPENS, FleetPort
 from fedgraft_server.kept_process import KeptProcess
 from fedgraft_server.program_output import ProgramOutput
 from fedgraft_server.registry import Registry
@@ -46,6 +47,7 @@ class SuperLink:
     def __init__(self, directory: ServerDirectory, settings: Settings) -> None:
         self._directory = directory
         self._port = settings.superlink.port
+        self._fleet_address = f"{HOST}:{settings.superlink.fleet_port}"
         self.address = f"{HOST}:{self._port}"
         self.url = f"https://{self.address}"
 
@@ -54,6 +56,12 @@ class SuperLink:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self._directory.ca[0])
         return context
+
+    def fleet_port(self) -> FleetPort | None:
+        """A client of the SuperLink's gRPC port; None if this Flower has no such port. Close it."""
+        if OPENS is None:
+            return None
+        return FleetPort(self._fleet_address, self._directory.ca[0].read_bytes())
 
     def processes(self, registry: Registry) -> tuple[KeptProcess, KeptProcess]:
         """SuperLink and SuperExec, not started yet; their log lines name sites of the registry."""
@@ -87,6 +95,7 @@ class SuperLink:
             "--database", str(self._directory.flower_state),
             "--isolation", "process",
             "--disable-runtime-dependency-installation",
+            *(() if OPENS is None else ("--fleet-api-address", self._fleet_address)),
         ]  # fmt: skip
 
     def superexec_command(self) -> list[str]:
@@ -108,6 +117,7 @@ class SuperLink:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FEDGRAFT_SERVER_DIR": str(self._directory.path),
+            **({} if OPENS is None else {OPENS: "1"}),
             AS_JSON: "1",  # between processes; what people see is decided by `fedgraft server up`
         }
 

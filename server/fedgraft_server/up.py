@@ -77,9 +77,12 @@ async def serve(
         enrollment = Enrollment(
             registry, settings, authority, operator_key, now, on_join=joined.set
         )
+        fleet_port = superlink.fleet_port()
+        if fleet_port is not None:
+            stack.push_async_callback(fleet_port.close)
         gateway = Gateway(
             registry, settings, upstream, superlink.url, enrollment.renew,
-            bells=Bells.of(directory.runs),
+            bells=Bells.of(directory.runs), port=fleet_port,
         )  # fmt: skip
         sites = listener(gateway, directory.server, directory.ca[0], table.max_connections)
         joining = listener(enrollment, directory.server, None, _JOIN_CONNECTIONS)

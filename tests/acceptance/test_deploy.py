@@ -67,7 +67,7 @@ PENDING: Final[dict[str, str]] = {}
 
 PORTS: Final = Settings.model_validate({"federation": {"name": "f", "host": "f.example"}})
 OPEN: Final = [PORTS.gateway.port, PORTS.gateway.join_port, PORTS.backbone.port]
-SUPERLINK: Final = PORTS.superlink.port
+SUPERLINK: Final = [PORTS.superlink.port, PORTS.superlink.fleet_port]
 
 
 # --- Dockerfiles
@@ -724,7 +724,7 @@ def test_the_guide_has_every_file_of_a_server(tmp_path: Path) -> None:
 def test_ports_in_the_guide_and_its_links() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| P(?:\+\d)? \| (\d+) \|", text, re.MULTILINE)
-    assert list(map(int, rows)) == [*OPEN, SUPERLINK]
+    assert list(map(int, rows)) == [*OPEN, *SUPERLINK]
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (DEPLOY / link).exists(), link
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):

@@ -44,6 +44,16 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens there now."""
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
 class Clock:
     """The time, moved at will."""
 
@@ -121,6 +131,8 @@ class Federation:
 def make_federation(path: Path, limits: dict[str, Any] | None = None) -> Federation:
     """A server directory on free ports of loopback."""
     ports = free_ports(4)
+    while not is_free(ports[3] + 1):  # the SuperLink takes a second one, the next
+        ports = free_ports(4)
     settings = Settings(
         federation=FederationTable(name="test", host="localhost"),
         gateway=GatewayTable(

@@ -299,7 +299,7 @@ def test_a_server_that_moved_continues_its_runs(
     assert reached < 30
     moved = Path(shutil.copytree(federation.server, tmp_path / "elsewhere"))
     federation.server.rename(tmp_path / "gone")
-    move_ports(moved / "federation.toml", free_ports(4))
+    move_ports(moved / "federation.toml", free_ports(5))
     federation.server = moved
     federation.start_server()
     for name in NAMES:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 import pytest
@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict, UserConfig
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
-from flwr.common.serde import message_to_proto
+from flwr.common.serde import message_to_proto, recorddict_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     PullMessagesResponse,
@@ -65,6 +65,7 @@ from fedgraft_common.backbone_protocol import BlobRequest, ManifestRequest, read
 from fedgraft_common.certificates import public_pem
 from fedgraft_common.errors import FedgraftError, MessageError
 from fedgraft_common.inflation import MessageLimits
+from fedgraft_common.inline import announce, place_holder
 from fedgraft_common.invite import Invite
 from fedgraft_common.manifest import DistributionManifest, SignedManifest, sign
 from fedgraft_common.messages import (
@@ -190,7 +191,7 @@ def _line() -> FleetConnection:
 def line(wire: Wire) -> FleetConnection:
     """The connection over that wire."""
     made = _line()
-    made._remembered, made._received, made._rebuilt = Remembered(), None, ""
+    made._remembered, made._received, made._ours = Remembered(), None, ""
     made._client._client = httpx.Client(transport=wire, timeout=5, verify=TLS)
     return made
 
@@ -250,7 +251,12 @@ def pulled_examples() -> list[bytes]:
     response = PullMessagesResponse(
         messages_list=[message_to_proto(bare)], message_object_trees=[get_object_tree(made)]
     )
-    return [response.SerializeToString(), PullMessagesResponse().SerializeToString()]
+    name, _ = place_holder("a")
+    inline = PullMessagesResponse(
+        messages_list=[cast(ProtoMessage, announce(request_message(), name))],
+        message_object_trees=[ObjectTree(object_id=name)],
+    )
+    return [found.SerializeToString() for found in (response, inline, PullMessagesResponse())]
 
 
 def crafted(data: bytes) -> tuple[str, dict[str, bytes], ObjectTree] | None:
@@ -306,7 +312,7 @@ def crafted_request(data: bytes) -> None:
 
 
 def crafted_requests() -> list[bytes]:
-    return [crafted_example(request_message()), wrap(request_message()) or b""]
+    return [crafted_example(request_message())]
 
 
 def refused(data: bytes) -> None:
@@ -450,6 +456,40 @@ def crafted_reply(data: bytes) -> None:
         PullMessages=lambda _: announced, PullObject=pull, ConfirmMessageReceived=lambda _: None
     )
     [reply] = Replies(grid, SMALL).collect(["r1"])
+    _used(reply)
+
+
+def announced_reply(data: bytes) -> None:
+    """The same in an announcement, of which the SuperLink has read the content already."""
+    bare = _message(RecordDict(), NODE, 1, "r1")
+    bare.metadata.__dict__["_message_id"] = name = place_holder("r1")[0]
+    announced = message_to_proto(bare)
+    try:
+        announced.content.MergeFromString(data)
+        recorddict_from_proto(announced.content)
+    except Exception:
+        return
+    response = PullAppMessagesResponse(
+        messages_list=[announced], message_object_trees=[ObjectTree(object_id=name)]
+    )
+    grid = HttpGrid(token="t")  # noqa: S106
+    grid.set_run(Run.create_empty(RUN))
+    missing = PullObjectResponse(object_found=True, object_available=False)
+    grid._client = SimpleNamespace(  # type: ignore[assignment]
+        PullMessages=lambda _: response, PullObject=lambda _: missing
+    )
+    for reply in Replies(grid, SMALL).collect(["r1"]):
+        _used(reply)
+
+
+def announced_replies() -> list[bytes]:
+    return [
+        cast(ProtoMessage, announce(message, "r")).content.SerializeToString()
+        for message in reply_messages()
+    ]
+
+
+def _used(reply: Message) -> None:
     assert reply.metadata.src_node_id == NODE
     if reply.has_error():
         return
@@ -465,6 +505,11 @@ def _one_site() -> Plan:
 
 
 def crafted_replies() -> list[bytes]:
+    made = reply_messages()
+    return [crafted_example(message) for message in made] + [wrap(made[1]) or b""]
+
+
+def reply_messages() -> list[Message]:
     asked = _message(RecordDict(), 1, NODE, "")
     asked.metadata.__dict__["_message_id"] = "r1"
     adapter = to_record({"a": torch.zeros(3), "b": torch.ones(2, 2)})
@@ -472,8 +517,7 @@ def crafted_replies() -> list[bytes]:
         write_reply(asked, 1, Status.OK, record).content for record in (adapter, pack(adapter))
     ]
     contents.append(write_counts(asked, 1, Status.BUDGET).content)
-    made = [_message(content, NODE, 1, "r1") for content in contents]
-    return [crafted_example(message) for message in made] + [wrap(made[1]) or b""]
+    return [_message(content, NODE, 1, "r1") for content in contents]
 
 
 @cache
@@ -718,6 +762,7 @@ TARGETS: Final = {
     "plan": Target(plan, plan_examples),
     "joined": Target(joined, joined_examples),
     "crafted_reply": Target(crafted_reply, crafted_replies),
+    "announced_reply": Target(announced_reply, announced_replies),
     "gateway_http": Target(gateway_http, gateway_examples),
     "joining": Target(joining, joining_examples),
     "backbone_request": Target(backbone_request, backbone_examples),

@@ -19,6 +19,7 @@ from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import RecordDict
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
@@ -502,7 +503,13 @@ def test_runs_hear_of_each_piece_of_a_reply(federation: Federation, north: Ident
             assert bells.answered.rung() > last
             last = bells.answered.rung()
         assert connection.ask(PULL)[0] == 200
-        assert bells.answered.rung() == last
+        assert connection.ask("/v1/fleet/push-messages", pushed(7))[0] == 200
+        assert bells.answered.rung() == last  # what was announced is still to come
+        assert connection.ask("/v1/fleet/push-messages", pushed(7, content=True))[0] == 200
+        end = time.monotonic() + 10
+        while bells.answered.rung() == last and time.monotonic() < end:
+            time.sleep(0.001)
+        assert bells.answered.rung() > last
 
 
 def test_rate_limit_is_per_site(
@@ -523,16 +530,17 @@ def test_rate_limit_is_per_site(
 # --- what
 
 
-def pushed(source: int, sender: int = 7) -> bytes:
+def pushed(source: int, sender: int = 7, content: bool = False) -> bytes:
+    items = [RecordDict.Item(key="status")] if content else []
     request = PushMessagesRequest(
         node=Node(node_id=sender),
         messages_list=[
             Message(metadata=Metadata(src_node_id=sender)),
-            Message(metadata=Metadata(src_node_id=source)),
+            Message(metadata=Metadata(src_node_id=source), content=RecordDict(items=items)),
         ],
     )
-    content: bytes = request.SerializeToString()
-    return content
+    body: bytes = request.SerializeToString()
+    return body
 
 
 def test_nobody_speaks_in_anothers_name(

@@ -27,9 +27,11 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.error.http import INTERNAL_SERVER_ERROR_MESSAGE
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufRequestContext
@@ -166,8 +168,22 @@ def test_a_site_activates_beats_and_pulls(server: Server, north: Identity) -> No
 
 def test_the_superlink_listens_on_loopback_only(server: Server) -> None:
     listening = [c for c in server.superlink().net_connections() if c.status == "LISTEN"]
-    port = server.federation.settings.superlink.port
-    assert [(c.laddr.ip, c.laddr.port) for c in listening] == [("127.0.0.1", port)]
+    table = server.federation.settings.superlink
+    found = {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in listening}
+    assert found == {("127.0.0.1", table.port), ("127.0.0.1", table.fleet_port)}
+
+
+def test_the_calls_of_a_round_go_over_grpc(server: Server, north: Identity) -> None:
+    """Flower calls HTTP paths in its log, and gRPC's by name: none of these is among the paths."""
+    with active(server, north) as (client, node):
+        client.PullMessages(PullMessagesRequest(node=node))
+        missing = PullObjectRequest(node=node, run_id=1, object_id="0" * 64)
+        with pytest.raises(httpx.HTTPStatusError) as caught:  # there is no such run
+            client.PullObject(missing)
+    assert caught.value.response.json() == {"detail": INTERNAL_SERVER_ERROR_MESSAGE}
+    log = server.log.read_text()
+    assert "/v1/fleet/activate-node" in log
+    assert "/v1/fleet/pull-" not in log
 
 
 # --- attackers

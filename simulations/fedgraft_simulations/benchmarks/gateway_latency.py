@@ -89,7 +89,7 @@ def _client(
 @contextlib.contextmanager
 def _site(directory: Path) -> Iterator[tuple[Identity, int]]:
     """A server with one site; yields its identity and the SuperLink's port."""
-    port = _free_ports(4)
+    port = _free_ports(5)
     server, log = str(directory / "server"), directory / "log"
     options = ["--host", "localhost", "--bind", "127.0.0.1", "--port", str(port)]
     subprocess.run([*_COMMAND, "init", server, *options], check=True, stdout=subprocess.DEVNULL)

@@ -57,7 +57,7 @@ class Federation:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         directory.mkdir(parents=True)
         write_atomically(self.plan_file, plan.model_dump_json().encode())
-        port = free_ports(4)
+        port = free_ports(5)
         self.fedgraft("server", "init", str(self.server), "--host", HOST, "--bind", HOST,
                       "--port", str(port))  # fmt: skip
 

@@ -36,7 +36,7 @@ def test_addresses() -> None:
     ("change", "text"),
     [
         (("port = 9443", "port = 0"), "gateway.port: found 0"),
-        (("port = 9445", "port = 9443"), "ports: .*four different ports"),
+        (("port = 9445", "port = 9443"), "ports: .*five different ports"),
         (('host = "::1"', 'host = "a b"'), "federation.host: found 'a b'"),
         (("burst = 500", "brust = 500"), "gateway.brust: found 500"),
         (("[gateway]", "[gateway"), "a TOML file"),
