@@ -220,8 +220,9 @@ def _trust(study: Study) -> str:
         "Distributed: each site adds a share of the noise, and only the sum over sites is "
         f"private. The promise is against {against(comparison.plan)}. It rests on h = {honest} of "
         f"{sites} sites being "
-        f"honest ({privacy.tolerated_dropouts} dropouts and {privacy.tolerated_colluders} "
-        "colluders tolerated) and on secure aggregation, which reveals only the sum. " + carried
+        f"honest (tolerated dropouts: {privacy.tolerated_dropouts}, colluders: "
+        f"{privacy.tolerated_colluders}) and on secure aggregation, which reveals only the sum. "
+        + carried
     )
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 
 import dp_accounting
 import pytest
@@ -112,14 +111,24 @@ def test_a_long_history_does_not_exhaust_the_stack() -> None:
     assert 0 < epsilon(history, 1e-5) < epsilon([SamplingEvent(0.001, 40, 1200)], 1e-5)
 
 
-def test_a_dry_run_after_a_long_history_is_cheap() -> None:
+def test_a_dry_run_after_a_long_history_composes_only_what_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     history = [SamplingEvent(0.05 + 0.01 * i, 6 + 0.1 * i, 30) for i in range(20)]
-    start = time.perf_counter()
+    composed: list[SamplingEvent] = []
+    steps = accounting._steps_pld
+
+    def note(event: SamplingEvent, interval: float) -> object:
+        composed.append(event)
+        return steps(event, interval)
+
+    monkeypatch.setattr(accounting, "_steps_pld", note)
     spent = epsilon(history, 1e-5)
-    cold = time.perf_counter() - start
-    start = time.perf_counter()
-    assert epsilon([*history, SamplingEvent(0.3, 5, 10)], 1e-5) > spent
-    assert time.perf_counter() - start < cold / 2
+    assert composed.count(history[0]) <= 1
+    composed.clear()
+    new = SamplingEvent(0.3, 5, 10)
+    assert epsilon([*history, new], 1e-5) > spent
+    assert composed == [new, history[-1]]
 
 
 def test_a_long_run_keeps_its_history_and_not_every_round() -> None:

@@ -194,7 +194,7 @@ def test_one_seed_has_no_deviation() -> None:
 def test_promise_of_the_distributed_mechanism() -> None:
     items = dict(promise(make_study(sites=("a", "b", "c", "d"))))
     trusts = items["Mechanism and what it trusts"]
-    assert "h = 2 of 4 sites" in trusts and "1 dropouts and 1 colluders" in trusts
+    assert "h = 2 of 4 sites" in trusts and "dropouts: 1, colluders: 1" in trusts
     assert "secure aggregation" in trusts
     assert "Here it ran as in a federation, with throwaway keys." in trusts
     assert items["Unit"] == "one record"
