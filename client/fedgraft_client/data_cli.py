@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedgraft_common.task_spec import TaskSpec
 
 app = typer.Typer(no_args_is_help=True, help="Look at a site's data.")
 SiteFileOption = Annotated[
@@ -17,6 +22,8 @@ SiteFileOption = Annotated[
 ]
 DEFAULT = Path("site.toml")
 SHOWN = 20
+OCCUR_IN = {"detection": "boxes", "token-classification": "words", "segmentation": "masks"}
+"""What a class is counted in, where it is not records."""
 
 
 @app.callback()
@@ -97,14 +104,6 @@ def look(site: Path) -> dict[str, Any]:
     if loaded.modality == "tabular" and not names:
         names = tuple(f"column {i + 1}" for i in range(records.inputs.shape[1]))  # type: ignore[union-attr]
     sheet = write_sheet(loaded, task, names, file.store_directory(base) / "look")
-    counts: dict[str, int] = {}
-    if records.labels.dim() == 1 and not records.labels.is_floating_point():
-        for k, name in enumerate(file.spec.classes):
-            counts[name] = int((records.labels == k).sum())
-    if file.spec.kind == "multi-label":
-        counts = {
-            n: int(c) for n, c in zip(file.spec.classes, records.labels.sum(dim=0), strict=True)
-        }
     return {
         "source": loaded.origin,
         "modality": loaded.modality,
@@ -115,7 +114,8 @@ def look(site: Path) -> dict[str, Any]:
         "units": records.unit_count if len(records) else 0,
         "nominal_size": data.nominal_size,
         "task": file.spec.kind,
-        "labels": counts,
+        "labels": counted(records.labels, file.spec),
+        "ranges": ranges(records.labels, file.spec),
         "columns": list(loaded.columns),
         "broken": [{"where": where, "why": why} for where, why in loaded.broken],
         "skip_broken": data.skip_broken,
@@ -124,6 +124,35 @@ def look(site: Path) -> dict[str, Any]:
         "problem": bool(loaded.unknown)
         or (bool(loaded.broken) and not data.skip_broken)
         or len(records) == 0,
+    }
+
+
+def counted(labels: torch.Tensor, spec: TaskSpec) -> dict[str, int]:
+    """How often each class occurs: records, or boxes, labelled words, or masks that hold it."""
+    if len(labels) == 0:  # then it has no shape either
+        return dict.fromkeys(spec.classes, 0)
+    if spec.kind == "survival":
+        seen = int(labels[:, 1].sum())
+        return {"event": seen, "no event": len(labels) - seen}
+    if spec.kind == "multi-label":
+        return {n: int(c) for n, c in zip(spec.classes, labels.sum(dim=0), strict=True)}
+    if spec.kind == "detection":
+        labels = labels[..., 0].long()  # -1 where an image has fewer boxes
+    if labels.is_floating_point() or spec.kind == "language-modelling":
+        return {}
+    masks = spec.kind == "segmentation"
+    every = (labels == k for k in range(len(spec.classes)))
+    found = (one.flatten(1).any(dim=1) if masks else one for one in every)
+    return {name: int(one.sum()) for name, one in zip(spec.classes, found, strict=True)}
+
+
+def ranges(labels: torch.Tensor, spec: TaskSpec) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value of each target, or of the time until an event."""
+    names = spec.targets or (("time",) if spec.kind == "survival" else ())
+    if len(labels) == 0:
+        return {}
+    return {
+        name: (float(labels[:, i].min()), float(labels[:, i].max())) for i, name in enumerate(names)
     }
 
 
@@ -136,7 +165,12 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("task", found["task"]),
     ]
     if found["labels"]:
-        lines.append(("labels", ", ".join(f"{name} {n}" for name, n in found["labels"].items())))
+        of = OCCUR_IN.get(found["task"])
+        counts = ", ".join(f"{name} {n}" for name, n in found["labels"].items())
+        lines.append(("labels", f"{counts} ({of})" if of else counts))
+    if found["ranges"]:
+        each = (f"{name} {low:g} to {high:g}" for name, (low, high) in found["ranges"].items())
+        lines.append(("range", ", ".join(each)))
     broken = found["broken"]
     if broken:
         word = "left out" if found["skip_broken"] else "refused; data.skip_broken leaves them out"

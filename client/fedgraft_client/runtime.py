@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedgraft_client.device_memory import in_chunks, limit_memory
+from fedgraft_client.device_memory import (
+    in_chunks,
+    keep_few_programs,
+    limit_memory,
+    return_freed,
+)
 from fedgraft_client.gradients import CHECK_RECORDS, Engine, Verdict, choose_engine
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached, Prefix
@@ -161,9 +166,11 @@ class Workbench:
         self.initial = self.adapted.state()
         self.adapted.to(device)
         self.dtype = frozen_dtype(plan.backbone.frozen_dtype, device)
+        size = sum(parameter.numel() for parameter in self.adapted.parameters())
+        self._grows = device.type == "cpu" and size >= SMALL
         if device.type == "cpu":
+            keep_few_programs()
             allow_onednn_products()
-            size = sum(parameter.numel() for parameter in self.adapted.parameters())
             torch.set_num_threads(1 if size < SMALL else THREADS)
         self.prefix = Prefix(self.adapted)
         self.verdicts: tuple[Verdict, ...] = ()
@@ -227,6 +234,11 @@ class Workbench:
     def fixed_point(self, plan: Plan) -> FixedPoint:
         """How this adapter's gradient sums become integers in secure aggregation."""
         return fixed_point(plan, sum(math.prod(spec.shape) for spec in self.adapted.schema))
+
+    def rest(self) -> None:
+        """Gives back what the last batches took; for large models on a CPU."""
+        if self._grows:
+            return_freed()
 
     def release(self) -> None:
         """Detaches the gradient engine; the next `trainer` checks and attaches one again."""

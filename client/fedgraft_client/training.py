@@ -116,6 +116,7 @@ def train_round(
         _pull(trained_head, start, plan, plan.training.weight_decay)
         optimizer.step()
     joint.zero_grad(set_to_none=True)
+    bench.rest()
     head.load_state_dict(model.head.state_dict())
     return gradient_sum if distributed else clamp(bench.adapted.state(), bench.initial)
 

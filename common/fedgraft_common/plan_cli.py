@@ -69,6 +69,12 @@ def _print_promise(plan: Plan) -> None:
     from fedgraft_common.accounting import SamplingEvent, epsilon
     from fedgraft_common.mechanism import against, noise_multiplier
 
+    if not plan.secure:
+        typer.echo(
+            "promise     none against the server, which sees each update: sums are added in the "
+            "open, in a simulation only"
+        )
+        return
     typer.echo(f"promise     against {against(plan)}")
     if plan.privacy.tolerated_colluders == 0:
         rate, unknown = plan.training.sample_rate, plan.noise_shares - 1

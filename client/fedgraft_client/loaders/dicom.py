@@ -2,8 +2,9 @@
 
 A file's pixels become what a radiologist would see: stored values through the rescale slope and
 intercept to the modality's unit (Hounsfield units for CT), through a grey window, and inverted if
-the file says that white is low (MONOCHROME1). Every constant of it is in the file itself or in
-`data.window`; nothing is taken from other files. DICOM PS3.3, C.7.6.3.1.2 and C.11.
+the file says that white is low (MONOCHROME1); colours are RGB, also those of a palette. Every
+constant of it is in the file itself or in `data.window`; nothing is taken from other files. DICOM
+PS3.3, C.7.6.3.1.2 and C.11.
 """
 
 from __future__ import annotations
@@ -124,11 +125,20 @@ class DicomReader:
         return fit(image.clamp(0, 1), self._reading.size)
 
     def _grey(self, file: Any) -> NDArray[np.float64]:
-        from pydicom.pixels import apply_rescale, apply_windowing, convert_color_space
+        from pydicom.pixels import (
+            apply_color_lut,
+            apply_rescale,
+            apply_windowing,
+            convert_color_space,
+        )
 
         pixels: NDArray[Any] = file.pixel_array
         kind = str(file.get("PhotometricInterpretation", "MONOCHROME2"))
         bits = int(file.BitsStored)
+        if kind == "PALETTE COLOR":  # stored values are places in the file's own table of colours
+            looked_up = apply_color_lut(pixels, file)
+            rgb: NDArray[np.float64] = looked_up.astype(np.float64) / np.iinfo(looked_up.dtype).max
+            return rgb
         if pixels.ndim == 3:
             if kind.startswith("YBR") and not _decoded_to_rgb(file):
                 pixels = convert_color_space(pixels, kind, "RGB")

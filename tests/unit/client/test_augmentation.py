@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -89,19 +87,6 @@ def test_one_line_turns_them_on_where_they_have_a_meaning() -> None:
     assert not torch.isclose(found[1::2], found[::2]).all(dim=1).any()
     with pytest.raises(PlanError, match=r"nothing makes views of tabular records differ: augm"):
         check_views(Augmentation(views=2), "tabular", "pooled", "single-label")
-
-
-@pytest.fixture
-def plan(vit_directory: Path) -> Plan:
-    return Plan().replace(
-        {
-            "backbone.source": f"dir:{vit_directory}",
-            "adapter.layers": "last:1",
-            "head.training": "private",
-            "training.sample_rate": 1.0,
-            "training.expected_batch": 3.0,
-        }
-    )
 
 
 def gradient(

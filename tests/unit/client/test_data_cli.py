@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fedgraft_client.data_cli import app
+from fedgraft_client.data_cli import app, counted, ranges
+from fedgraft_common.task_spec import TaskSpec
 
 SITE = """
 classes = ["healthy", "ill"]
@@ -105,3 +107,43 @@ def test_signals_are_drawn(tmp_path: Path, kind: str) -> None:
     code, text = checked(tmp_path / "site.toml")
     assert code == 0
     assert "contact-sheet.png" in text
+
+
+LABELS: dict[str, tuple[dict[str, Any], Any, dict[str, int]]] = {
+    "multi-label": ({"classes": ("a", "b")}, [[1.0, 0.0], [1.0, 1.0]], {"a": 2, "b": 1}),
+    "token-classification": ({"classes": ("a", "b")}, [[0, 1, 1], [1, -100, -100]],
+                             {"a": 1, "b": 3}),
+    "segmentation": ({"classes": ("a", "b", "c")}, [[[0, 0], [1, -100]], [[0, 0], [0, 0]]],
+                     {"a": 2, "b": 1, "c": 0}),
+    "detection": ({"classes": ("a", "b")},
+                  [[[1.0, 0, 0, 1, 1], [1.0, 0, 0, 1, 1]], [[0.0, 0, 0, 1, 1], [-1.0, 0, 0, 0, 0]]],
+                  {"a": 1, "b": 2}),
+    "survival": ({"cuts": (1.0, 2.0)}, [[0.5, 1.0], [3.0, 0.0], [9.0, 0.0]],
+                 {"event": 1, "no event": 2}),
+    "regression": ({"targets": ("dose",), "low": (0.0,), "high": (9.0,)}, [[2.5], [7.0]], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_what_is_counted_depends_on_the_task(kind: str) -> None:
+    options, labels, expected = LABELS[kind]
+    spec = TaskSpec(kind=kind, **options)
+    assert counted(torch.tensor(labels), spec) == expected
+    extent = {"survival": {"time": (0.5, 9.0)}, "regression": {"dose": (2.5, 7.0)}}
+    assert ranges(torch.tensor(labels), spec) == extent.get(kind, {})
+    assert ranges(torch.zeros(0), spec) == {}
+    assert counted(torch.zeros(0), spec) == dict.fromkeys(spec.classes, 0)
+
+
+def test_times_have_a_range(tmp_path: Path) -> None:
+    table = "age,time,event\n60,3.5,1\n70,9,0\n"
+    (tmp_path / "t.csv").write_text(table, "utf-8")
+    (tmp_path / "site.toml").write_text(
+        "[task]\nkind = 'survival'\ncuts = [2.0, 4.0]\n"
+        "[data]\nsource = 'csv:t.csv'\nlabel = ['time', 'event']\nnominal_size = 2\n"
+        "[data.columns]\nage = { mean = 50, std = 10 }\n"
+    )
+    code, text = checked(tmp_path / "site.toml")
+    assert code == 0
+    assert "labels      event 1, no event 1\n" in text
+    assert "range       time 3.5 to 9\n" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedgraft_client.device_memory import GIB, in_chunks, limit_memory, memory_fraction, smaller
+from fedgraft_client import runtime as runtime_module
+from fedgraft_client.device_memory import (
+    GIB,
+    in_chunks,
+    limit_memory,
+    memory_fraction,
+    return_freed,
+    smaller,
+)
 from fedgraft_client.dp import JointOptimizer
 from fedgraft_client.head import initial_head
 from fedgraft_client.prefix import Cached
@@ -212,6 +222,49 @@ def test_a_round_on_a_full_device_ends_at_the_same_adapter(
     assert runtime.physical_batch in (1, 2, 3)
     assert all(torch.allclose(found[n], expected[n], atol=1e-5) for n in expected)
     assert any(not torch.equal(expected[n], bench.initial[n]) for n in expected)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Every second piece is kept: the C library alone gives back the end of its heap only."""
+    libc = ctypes.CDLL(None)
+    if getattr(libc, "malloc_trim", None) is None:
+        pytest.skip("the C library has no malloc_trim")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    pieces = [libc.malloc(100_000) for _ in range(1000)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, 100_000)
+    for piece in pieces[::2]:
+        libc.free(piece)
+    before = resident()
+    return_freed()
+    assert before - resident() > 30e6
+    for piece in pieces[1::2]:
+        libc.free(piece)
+
+
+@pytest.mark.parametrize(("large", "times"), [(True, 1), (False, 0)])
+def test_a_large_model_gives_memory_back_after_a_round(
+    vit_directory: Path, large: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(runtime_module, "SMALL", 0 if large else 10**9)
+    monkeypatch.setattr(runtime_module, "return_freed", lambda: asked.append(1))
+    changes = {"backbone.source": f"dir:{vit_directory}", "adapter.layers": "last:1"}
+    plan = Plan().replace(changes)
+    bench = Runtime("cpu").workbench(plan)
+    cached = bench.cache(torch.rand(4, 1, 16, 16))
+    train_round(
+        bench, plan, 1, bench.initial, initial_head(plan, ("a", "b"), bench.adapted.feature_dim),
+        cached, torch.arange(4) % 2, StepNoise(0.9, 1.0, 0.1, 0.1, None),
+        NoiseSource.for_simulation("rest"), 8,
+    )  # fmt: skip
+    assert len(asked) == times
 
 
 @pytest.mark.gpu

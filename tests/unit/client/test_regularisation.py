@@ -26,20 +26,6 @@ IMAGES = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 2
 
 
-@pytest.fixture
-def plan(vit_directory: Path) -> Plan:
-    return Plan().replace(
-        {
-            "backbone.source": f"dir:{vit_directory}",
-            "adapter.layers": "last:1",
-            "head.training": "private",
-            "training.sample_rate": 1.0,
-            "training.expected_batch": 6.0,
-            "training.schedule": "constant",
-        }
-    )
-
-
 def step(plan: Plan, start: Tensors | None = None, bench: Workbench | None = None) -> Tensors:
     """One local step without clipping or noise."""
     bench = bench or Runtime("cpu").workbench(plan)

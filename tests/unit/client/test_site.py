@@ -437,6 +437,28 @@ def update(site: Site, plan: Plan, number: int = 1) -> torch.Tensor:
     return torch.cat([t.flatten() for t in tensors(reply, site, plan).values()])
 
 
+def test_the_plans_weights_of_classes_reach_the_loss(make_site: MakeSite, plan: Plan) -> None:
+    """Without clipping or noise a step is linear in the weights of the two classes' losses."""
+    plan = plan.replace(
+        {
+            "privacy.mechanism": "none",
+            "head.training": "fixed",
+            "training.sample_rate": 1.0,
+            "training.learning_rate": 0.1,  # far from the range that an adapter is held in
+        }
+    )
+
+    def moved(number: int, **weights: float) -> torch.Tensor:
+        site = make_site(f"site-{number}")
+        start = torch.cat([t.flatten() for t in initial(site, plan).values()])
+        return update(site, plan.replace({"training.class_weights": weights})) - start
+
+    plain, first, second = moved(0), moved(1, a=3.0), moved(2, b=3.0)
+    assert plain.abs().max() > 1e-3
+    assert not torch.allclose(first, second, atol=1e-4)
+    assert torch.allclose(first + second, 4 * plain, atol=1e-5)
+
+
 def test_simulated_noise_is_reproducible_and_differs_by_site_round_and_plan(
     make_site: MakeSite, plan: Plan
 ) -> None:

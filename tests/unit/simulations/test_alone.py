@@ -18,6 +18,7 @@ from fedgraft_client.site import Site, SiteConfig
 from fedgraft_client.store import SiteStore
 from fedgraft_common.messages import Tensors, from_record, to_record
 from fedgraft_common.plan import Plan
+from fedgraft_simulations import alone
 from fedgraft_simulations.alone import train_alone
 
 
@@ -59,7 +60,11 @@ def equal(first: Tensors, second: Tensors) -> bool:
     return set(first) == set(second) and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_the_adapter_is_trained_and_fits_better(plan: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [256, 5])
+def test_the_adapter_is_trained_and_fits_better(
+    plan: Plan, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "BATCH", batch)
     site = make_site(tmp_path)
     bench = site.bench(plan)
     adapter = train_alone(site, plan)
@@ -71,6 +76,14 @@ def test_the_adapter_is_trained_and_fits_better(plan: Plan, tmp_path: Path) -> N
         head = refit_head(features, site.records.labels, LinearHead(bench.adapted.feature_dim, 2))
         losses.append(float(functional.cross_entropy(head(features), site.records.labels)))
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(("records", "passes"), [(257, 30), (5000, 10)])
+def test_many_records_are_taken_in_parts(records: int, passes: int) -> None:
+    parts = list(alone._parts(records))
+    assert len(parts) >= alone.STEPS
+    assert max(map(len, parts)) <= alone.BATCH
+    assert torch.cat(parts).bincount().tolist() == [passes] * records
 
 
 def test_the_same_records_give_the_same_adapter(plan: Plan, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedgraft_common.adapted import AdaptedBackbone
 from fedgraft_common.errors import AdapterError
 from fedgraft_simulations import support_matrix
 from fedgraft_simulations.families import FAMILIES, Absent, Family
-from fedgraft_simulations.support_matrix import Row, examine, matrix, table
+from fedgraft_simulations.support_matrix import Row, brief, examine, matrix, read, table
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "deploy" / "support-matrix.md"
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -56,6 +56,16 @@ def test_every_named_family_is_there(name: str) -> None:
 
 def test_documented_families_are_those_that_run() -> None:
     assert list(documented()) == [family.name for family in FAMILIES]
+
+
+def test_the_readme_says_it_in_brief() -> None:
+    readme = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- support -->")[1].split("<!-- /support -->")[0]
+    assert shown.strip() == brief(read(DOCUMENT.read_text(encoding="utf-8"))).strip()
+    lines = cells(shown)
+    assert list(lines) == ["takes", *dict.fromkeys(family.modality for family in FAMILIES)]
+    assert "Faster R-CNN" in lines["image"][1] and "prompt" in lines["text"][2]
+    assert "prefix" in lines["text"][3]  # DistilBERT's attention does not take it
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -50,6 +50,9 @@ def test_the_distributed_mechanism_rests_on_honest_sites() -> None:
     assert "it rests on 13 honest sites" in text
     assert "If more sites collude" in text
     assert "The epsilon is the plan's target" in text
+    summed = card(changes | {"privacy.secure_aggregation": "summed"})
+    assert "honest sites" not in summed
+    assert "the server saw each update, and nothing is promised against it" in summed
 
 
 def test_an_adapter_on_top_of_another_says_so() -> None:

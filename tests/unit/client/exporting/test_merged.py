@@ -24,6 +24,7 @@ from fedgraft_common.plan import Backbone as Config
         ("BERT", "full"),
         ("GPT-2", "ia3"),
         ("LLaMA", "dora"),
+        ("T5 encoder", "lora"),  # one table of tokens under two names
         ("ResNet (transformers)", "film"),
         ("ResNet (timm)", "lora"),
         ("SegFormer", "full"),

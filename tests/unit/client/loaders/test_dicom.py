@@ -94,6 +94,24 @@ def test_colours(tmp_path: Path) -> None:
     assert seen(tmp_path).shape == (1, 3, 2, 3)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_gives_colours(tmp_path: Path, bits: int) -> None:
+    """Ultrasound: a stored value is a line in a table, and says nothing about how bright it is."""
+    most = 2**bits - 1
+    kind = np.uint8 if bits == 8 else np.uint16
+    table = {"Red": (most, 0, 0), "Green": (0, most, 0), "Blue": (0, 0, most)}
+    fields: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour, values in table.items():
+        data = np.array([*values, 0], kind).tobytes()
+        fields[f"{colour}PaletteColorLookupTableDescriptor"] = [4, 0, bits]
+        fields[f"{colour}PaletteColorLookupTableData"] = data
+    write(tmp_path / "ill" / "a.dcm", np.array([[0, 1], [2, 3]], np.uint8), **fields)
+    red, green, blue = seen(tmp_path)[0].tolist()
+    assert red == [[1, 0], [0, 0]]
+    assert green == [[0, 1], [0, 0]]
+    assert blue == [[0, 0], [1, 0]]
+
+
 def test_the_patient_is_the_unit(tmp_path: Path) -> None:
     for number, patient in enumerate(("Ä-1", "B", "Ä-1")):
         write(tmp_path / "ill" / f"{number}.dcm", patient=patient)
