@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -122,10 +122,27 @@ def second_opinion(events: Sequence[SamplingEvent], delta: float, error: float =
 def fits(events: Sequence[SamplingEvent], delta: float, limit: float) -> bool:
     """Whether the events together stay within (limit, delta); asks the exact grid only if need be.
 
+    The first question is about more steps than there are, up to the next power of two: what fits
+    with more fits with fewer. A run that takes one step after the other thus composes a few times
+    in its life, where it would in each round, with another Fourier transform each time, of which
+    scipy keeps the last sixteen.
+
     Raises:
         PrivacyError: delta is outside (0, 1).
     """
-    return epsilon_bound(events, delta) <= limit or epsilon(events, delta) <= limit
+    return (
+        epsilon_bound(_rounded_up(events), delta) <= limit
+        or epsilon_bound(events, delta) <= limit
+        or epsilon(events, delta) <= limit
+    )
+
+
+def _rounded_up(events: Sequence[SamplingEvent]) -> list[SamplingEvent]:
+    """The same, but the mechanism that grew last has a power of two of steps."""
+    merged = merge(events)
+    for last in merged[-1:]:
+        merged[-1] = replace(last, steps=1 << (last.steps - 1).bit_length())
+    return merged
 
 
 def affordable_steps(

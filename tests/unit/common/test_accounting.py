@@ -19,6 +19,7 @@ from fedgraft_common.accounting import (
     calibrate_noise_multiplier,
     epsilon,
     epsilon_bound,
+    fits,
 )
 from fedgraft_common.errors import PrivacyError
 
@@ -138,6 +139,19 @@ def test_a_long_run_keeps_its_history_and_not_every_round() -> None:
     for rounds in range(1, 13):
         epsilon_bound([earlier, SamplingEvent(0.5, 8.0, rounds)], 1e-5)
     assert accounting._composed_prefix.cache_info().currsize == 1
+
+
+def test_a_long_run_is_composed_a_few_times_and_refused_at_the_right_step() -> None:
+    limit = epsilon_bound([SamplingEvent(0.5, 8.0, 300)], 1e-5)
+    accounting._bound.cache_clear()
+    for rounds in range(1, 257):
+        assert fits([SamplingEvent(0.5, 8.0, rounds)], 1e-5, limit)
+    assert accounting._bound.cache_info().misses == 9  # 1, 2, 4 ... 256
+    last = max(n for n in range(300, 310) if epsilon([SamplingEvent(0.5, 8.0, n)], 1e-5) <= limit)
+    assert last < 309
+    assert fits([SamplingEvent(0.5, 8.0, last)], 1e-5, limit)
+    assert not fits([SamplingEvent(0.5, 8.0, last + 1)], 1e-5, limit)
+    assert fits([], 1e-5, limit)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
