@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -37,6 +38,9 @@ CHUNK = 256  # records that go through the frozen part at once
 BENCHES = 4  # models kept warm; a server that names more gets the oldest replaced
 SMALL = 2_000_000  # parameters below which waking a second thread costs more than it saves
 THREADS = torch.get_num_threads()
+KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
+"""Compiled kernels that oneDNN keeps (0.1 MiB each) and descriptions of matrix products that
+PyTorch keeps (0.3 MiB each, per thread): the latest, where both would keep 1,024."""
 
 
 class SiteModel(nn.Module):
@@ -135,6 +139,17 @@ def allow_onednn_products() -> bool:
         return True
     settings.matmul.fp32_precision = before
     return False
+
+
+def bound_kernels() -> None:
+    """Bounds what is kept for each shape of a batch, unless the environment says otherwise.
+
+    A Poisson sample has another size in every step, and each size needs other kernels, 3 MiB of
+    them for a small model: rare sizes make a process grow for thousands of rounds. To make a kernel
+    again takes 0.3 ms. Both settings are read once, at the first product or convolution.
+    """
+    for name, most in KERNELS.items():
+        os.environ.setdefault(name, most)
 
 
 class Workbench:
@@ -296,6 +311,7 @@ class Runtime:
         locate: Callable[[Plan], Path | None] = lambda _: None,
         gpu_memory: float | None = None,
     ) -> None:
+        bound_kernels()
         self.device = choose_device(device)
         limit_memory(self.device, gpu_memory)
         self._locate = locate

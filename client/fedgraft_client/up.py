@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -168,8 +169,14 @@ def run_until_stopped(site_file: Path, open_with: Callable[..., Site] = open_sit
         The process' exit code: 130 if a second SIGINT abandoned a round, else 0.
     """
     with resident(site_file, open_with) as daemon, daemon.signals():
+        # Cyclic garbage waits until it is a quarter of all that lives; what is loaded by now counts
+        # no longer, or it would gather for thousands of rounds.
+        gc.freeze()
+        gc.collect()
         try:
             daemon.run()
         except Abandoned:
             return 130
+        finally:
+            gc.unfreeze()
     return 0

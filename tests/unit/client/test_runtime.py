@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from fedgraft_client.head import LinearHead, initial_head
 from fedgraft_client.randomness import NoiseSource
 from fedgraft_client.runtime import (
     CHUNK,
+    KERNELS,
     Runtime,
     Workbench,
+    bound_kernels,
     choose_device,
     frozen_dtype,
     lower_precision,
@@ -42,6 +47,37 @@ def plan(vit_directory: Path) -> Plan:
             "training.local_steps": 2,
         }
     )
+
+
+SIZES = """
+import torch
+from fedgraft_client.runtime import Runtime
+Runtime("cpu")
+layer = torch.nn.Conv2d(3, 4, 3).requires_grad_(False)
+for size in (*range(20, 220), 20):
+    layer(torch.zeros(size, 3, 8, 8))
+"""
+
+
+def test_kernels_of_old_batch_sizes_are_forgotten() -> None:
+    """In a new process: the first convolution fixes how many are kept."""
+    rest = {name: value for name, value in os.environ.items() if name not in KERNELS}
+    done = subprocess.run(
+        [sys.executable, "-c", SIZES], env=rest | {"ONEDNN_VERBOSE": "2"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    made = [x for x in done.stdout.splitlines() if ",mb20_" in x and "create:" in x]
+    if not made:
+        pytest.skip("PyTorch does not convolve with oneDNN on this processor")
+    assert ["cache_miss" in line for line in made] == [True, True]
+
+
+def test_an_operators_own_bounds_of_kernels_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = KERNELS
+    monkeypatch.delenv(ours, raising=False)
+    monkeypatch.setenv(theirs, "7")
+    bound_kernels()
+    assert (os.environ[ours], os.environ[theirs]) == (KERNELS[ours], "7")
 
 
 def test_devices_by_name() -> None:
