@@ -5,15 +5,14 @@ one record, and the size that fitted is kept for what follows. Which records are
 is computed from each, does not change.
 
 On a CPU it is the process that grows. Every batch has another size; the C library keeps what was
-freed in pieces that the next batch does not fit in, and oneDNN keeps a program for each size. A
-text encoder's simulation took 7 GB, of which 0.2 GB were tensors.
+freed in pieces that the next batch does not fit in. A text encoder's simulation took 7 GB, of which
+0.2 GB were tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,13 +23,6 @@ from fedgraft_common.errors import DeviceError, PolicyError
 log = logging.getLogger(__name__)
 GIB = 2**30
 T = TypeVar("T")
-PROGRAMS = 128
-"""Programs that oneDNN keeps, of 1,024; a pass needs one for each shape of a layer."""
-
-
-def keep_few_programs() -> None:
-    """Bounds oneDNN's memory of sizes it has seen; acts if it has not computed anything yet."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PROGRAMS))
 
 
 def return_freed() -> None:

@@ -18,7 +18,6 @@ from torch import nn
 
 from fedgraft_client.device_memory import (
     in_chunks,
-    keep_few_programs,
     limit_memory,
     return_freed,
 )
@@ -184,7 +183,6 @@ class Workbench:
         size = sum(parameter.numel() for parameter in self.adapted.parameters())
         self._grows = device.type == "cpu" and size >= SMALL
         if device.type == "cpu":
-            keep_few_programs()
             allow_onednn_products()
             torch.set_num_threads(1 if size < SMALL else THREADS)
         self.prefix = Prefix(self.adapted)

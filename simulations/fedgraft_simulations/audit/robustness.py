@@ -108,8 +108,9 @@ class ShortWire:
 
     def prepare(self, reply: Message) -> Outgoing:
         """As bytes."""
-        content = message_to_proto(reply).SerializeToString()
-        return Outgoing(reply, reply.metadata.run_id, ObjectTree(), {"reply": content})
+        announced = message_to_proto(reply)
+        content = announced.SerializeToString()
+        return Outgoing(announced, reply.metadata.run_id, ObjectTree(), {"reply": content})
 
     def send(self, reply: Outgoing) -> None:
         """Read back from the bytes."""

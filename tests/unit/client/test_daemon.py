@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 
 from fedgraft_client.connection import Outgoing, RunOver
@@ -68,12 +69,12 @@ class World:
         return event
 
     def prepare(self, reply: Message) -> Outgoing:
-        return Outgoing(reply, reply.metadata.run_id, ObjectTree(), {})
+        return Outgoing(message_to_proto(reply), reply.metadata.run_id, ObjectTree(), {})
 
     def send(self, reply: Outgoing) -> None:
         if self.send_errors:
             raise self.send_errors.pop(0)
-        self.sent.append(reply.message)
+        self.sent.append(message_from_proto(reply.message))
 
     def close(self) -> None:
         self.closed += 1

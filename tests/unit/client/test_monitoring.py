@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -68,7 +69,7 @@ class Server:
         return None
 
     def prepare(self, reply: Message) -> Outgoing:
-        return Outgoing(reply, 7, ObjectTree(), {})
+        return Outgoing(message_to_proto(reply), 7, ObjectTree(), {})
 
     def send(self, reply: Outgoing) -> None:
         pass
