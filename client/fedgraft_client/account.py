@@ -161,8 +161,8 @@ def verify(
     long = len(events) > MANY
     decided = epsilon_bound(events, delta) if long else epsilon(events, delta)
     error = 0.1 if long else 0.01
-    # Opacus reports the upper end of its interval; rounding grows with epsilon on both sides, on the
-    # coarse grid by up to a hundredth of it.
+    # Opacus reports the upper end of its interval; rounding grows with epsilon on both sides, on
+    # the coarse grid by up to a hundredth of it.
     second, tolerance = second_opinion(events, delta, error), 2 * error + long * decided / 100
     if not abs(decided - second) <= tolerance:
         faults.append(f"the accountants disagree: PLD {decided:.4f}, PRV {second:.4f}")

@@ -17,6 +17,7 @@ from flwr.app import Message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 
 from fedgraft_common.inflation import MessageLimits, malformed, too_large
@@ -55,22 +56,28 @@ def is_inline(announced: ProtoMessage) -> bool:
     return bool(announced.content.items)
 
 
-def opened(announced: ProtoMessage, limits: MessageLimits) -> Message:
+def opened(announced: ProtoMessage, limits: MessageLimits, most: int = SMALL) -> Message:
     """The message in an announcement.
 
     Args:
         announced: holds its content.
         limits: what the message may be.
+        most: bytes of it.
 
     Raises:
         MessageError: it is malformed, too large, or has too many pieces.
     """
-    if announced.ByteSize() > limits.bytes:
+    if announced.ByteSize() > min(most, limits.bytes):
         raise too_large(limits)
     try:
-        pieces = sum(len(item.array_record.items) for item in announced.content.items)
+        pieces = sum(1 + _entries(item) for item in announced.content.items)
         if pieces > limits.objects:
-            raise ValueError(f"{pieces} arrays")
+            raise ValueError(f"{pieces} pieces")
         return message_from_proto(announced)
     except Exception as error:  # Flower's readers raise whatever protobuf, str and dict do
         raise malformed(type(error).__name__) from None
+
+
+def _entries(item: RecordDict.Item) -> int:
+    records = (item.array_record, item.metric_record, item.config_record)
+    return sum(len(record.items) for record in records)

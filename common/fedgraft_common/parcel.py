@@ -50,6 +50,6 @@ def unwrap(name: str, content: bytes, limits: MessageLimits) -> Message:
         found = ProtoMessage.FromString(bytes(ArrayChunk.inflate(content).data))
     except Exception as error:  # Flower's readers raise whatever protobuf, str and dict do
         raise malformed(type(error).__name__) from None
-    message = opened(found, limits)
+    message = opened(found, limits, limits.bytes)
     message.metadata.__dict__["_message_id"] = name
     return message

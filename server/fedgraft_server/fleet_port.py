@@ -1,23 +1,24 @@
-"""The five calls that a round consists of, over the SuperLink's gRPC port.
+"""The four small calls that a round consists of, over the SuperLink's gRPC port.
 
 Flower's HTTP API spends most of a call in its web framework: 4 ms of processor, whatever the call
 is. The same handlers stand behind a gRPC service, and there a call costs a third of that. A site
 speaks HTTP to the gateway, as a stock SuperNode does, and the bytes inside are the same protobuf;
 so the gateway can pass them on either way.
 
-Flower 1.41 opens that port if it is asked to, and calls it deprecated. Where it is gone, every call
-goes over HTTP and a round takes longer. `tests/unit/server/test_fleet_port.py` pins what is used
-here to flwr 1.41.
+Flower 1.41 opens that port if it is asked to, and calls it deprecated. With a Flower that has none,
+every call goes over HTTP and a round takes longer. `tests/unit/server/test_fleet_port.py` pins what
+is used here to flwr 1.41.
 
-Activation, farewell and heartbeat always go over HTTP: only there Flower holds the key in an
-activation against the key that signed it.
+Always over HTTP go activation, farewell and heartbeat, since only there Flower holds the key in an
+activation against the key that signed it; and objects on their way to a site: they may be large,
+and HTTP passes them on as fast as the site reads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
+import datetime as dt
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from flwr.common import constant
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
-    PullObjectRequest,
     PushObjectRequest,
 )
 from flwr.supercore.error import FlowerError
@@ -42,7 +42,6 @@ OPENS: Final[str | None] = getattr(constant, "FLWR_INTERNAL_GRPC_FLEET_API", Non
 _SERVICE: Final = "/flwr.proto.Fleet/"
 CALLS: Final[Mapping[bytes, tuple[str, type[Message]]]] = {
     b"/v1/fleet/pull-messages": ("PullMessages", PullMessagesRequest),
-    b"/v1/fleet/pull-object": ("PullObject", PullObjectRequest),
     b"/v1/fleet/push-messages": ("PushMessages", PushMessagesRequest),
     b"/v1/fleet/push-object": ("PushObject", PushObjectRequest),
     b"/v1/fleet/confirm-message-received": (
@@ -54,11 +53,12 @@ _BINARY: Final = {
     b"flwr-public-key": "flwr-public-key-bin",
     b"flwr-signature": "flwr-signature-bin",
 }
+_TIME: Final = b"flwr-timestamp"
 _TEXT: Final = frozenset(
-    {b"flwr-timestamp", b"flwr-component-name", b"flwr-package-name", b"flwr-package-version"}
+    {_TIME, b"flwr-component-name", b"flwr-package-name", b"flwr-package-version"}
 )
 _PATIENCE: Final = 60.0  # seconds that a call may take
-_AT_ONCE: Final = 32  # calls under way: so many answers, of 5 MiB at most, are in memory
+_AT_ONCE: Final = 32  # calls under way
 _REFUSED: Final = {grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.INVALID_ARGUMENT: 400}
 _AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -98,6 +98,7 @@ class FleetPort:
             address,
             grpc.ssl_channel_credentials(certificate),
             options=(
+                ("grpc.enable_http_proxy", 0),  # it would be asked for loopback, too
                 ("grpc.max_send_message_length", -1),  # the gateway has a limit of its own
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.min_reconnect_backoff_ms", 100),
@@ -124,7 +125,7 @@ class FleetPort:
         try:
             metadata = _metadata(headers)
             CALLS[path][1].FromString(body)
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return Answer(401, _json("unreadable authentication headers"))
         except DecodeError:
             return Answer(400, _json("not the protobuf of this call"))
@@ -144,14 +145,25 @@ class FleetPort:
 
 
 def _metadata(headers: Mapping[bytes, bytes]) -> list[tuple[str, str | bytes]]:
-    """The gRPC form of Flower's headers: what is base64 in HTTP is bytes here."""
+    """The gRPC form of Flower's headers: what is base64 in HTTP is bytes here.
+
+    Raises:
+        ValueError: one that gRPC would not carry, or a time that Flower could not read.
+    """
     found: list[tuple[str, str | bytes]] = []
     for name, value in headers.items():
         if name in _BINARY:
             found.append((_BINARY[name], base64.b64decode(value, validate=True)))
         elif name in _TEXT:
-            found.append((name.decode("ascii"), value.decode("ascii")))
+            text = value.decode("ascii")
+            if not text.isprintable() or (name == _TIME and not _has_zone(text)):
+                raise ValueError(text)
+            found.append((name.decode("ascii"), text))
     return found
+
+
+def _has_zone(time: str) -> bool:
+    return dt.datetime.fromisoformat(time).tzinfo is not None
 
 
 def _refusal(error: grpc.aio.AioRpcError) -> Answer:

@@ -39,7 +39,7 @@ from yarl import URL
 
 from fedgraft_common.certificates import certificate_pem
 from fedgraft_common.errors import IdentityError
-from fedgraft_common.inline import is_inline
+from fedgraft_common.inline import SMALL, is_inline
 from fedgraft_server.asgi import (
     BodyLostError,
     BodyTooLargeError,
@@ -223,7 +223,11 @@ class Gateway:
                     self._log(site.name, "refuse-message", "malformed, or another's name", path)
                     await refuse(send, 400, "a malformed message, or one in another node's name")
                     return
-                may_complete = any(is_inline(message) for message in pushed.messages_list)
+                may_complete = is_inline(pushed.messages_list[0])
+                if pushed.messages_list[0].ByteSize() > SMALL:  # the SuperLink would take it apart
+                    self._log(site.name, "limit-size", "announcement too large", path)
+                    await refuse(send, 413, f"an announcement of more than {SMALL} bytes")
+                    return
         else:
             body = _Streamed(receive, limit)
             if length is not None:
@@ -440,14 +444,19 @@ def _header_of(node_key: str) -> bytes:
 
 
 def _spoken_for_itself(body: bytes) -> PushMessagesRequest | None:
-    """The messages, if each of them comes from the node that sends it.
+    """The reply, if it comes from the node that sends it and names only what is its own.
 
-    Flower ties the sender's number to its key, but takes the source named in a message on trust.
+    Flower ties the sender's number to its key, but takes on trust the source named in a message,
+    and the objects: one that the run is about to push would be the reply's from then on.
     """
     try:
         request = PushMessagesRequest.FromString(body)
     except DecodeError:
         return None
-    sender = request.node.node_id
-    speaks = all(message.metadata.src_node_id == sender for message in request.messages_list)
-    return request if speaks else None
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return None
+    metadata, root = request.messages_list[0].metadata, request.message_object_trees[0].object_id
+    is_own = metadata.src_node_id == request.node.node_id
+    return (
+        request if is_own and root == metadata.message_id != metadata.reply_to_message_id else None
+    )

@@ -14,22 +14,25 @@ request, sent once more because a connection broke, is not taken for one to the 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import HttpGrid
 
 from fedgraft_common.inline import SMALL, announce, place_holder
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 _TOKEN: Final = 16  # bytes of what no other process and no other request has
 
 
@@ -62,8 +65,8 @@ class Requests:
                 if is_able and (one := self._announced(message)) is not None:
                     announced[place] = one
         plain = [message for place, message in enumerate(messages) if place not in announced]
-        ids = iter(self._grid.push_messages(plain) if plain else ())
-        sent = iter(self._push(self._grid, list(announced.values())))
+        ids = iter(_taken(self._grid.push_messages, plain))
+        sent = iter(_taken(self._push, list(announced.values())))
         return [next(sent) if place in announced else next(ids) for place in range(len(messages))]
 
     def settle(self, reply: Message) -> bool:
@@ -98,9 +101,9 @@ class Requests:
             self._sent[name] = message, content
         return announced
 
-    def _push(self, grid: Grid, announced: Sequence[ProtoMessage]) -> list[str]:
-        if not announced or not isinstance(grid, HttpGrid):
-            return []
+    def _push(self, announced: Sequence[ProtoMessage]) -> list[str]:
+        grid = self._grid
+        assert isinstance(grid, HttpGrid)  # noqa: S101 - nothing is announced to another
         names = [message.metadata.message_id for message in announced]
         response = grid._runtime_client.PushMessages(
             PushAppMessagesRequest(
@@ -109,17 +112,32 @@ class Requests:
             )
         )
         wanted = set(response.objects_to_push)
-        push_object_contents_from_iterable(
-            [(name, self._sent[name][1]) for name in names if name in wanted],
-            make_push_object_fn_protobuf(
-                push_object_protobuf=grid._runtime_client.PushObject,
-                node=grid.node,
-                run_id=grid.run.run_id,
-                session_id=response.session_id,
-            ),
-        )
+        for name in names:
+            if name in wanted:  # nobody reads it; if it is not stored, it is wanted again
+                grid._runtime_client.PushObject(
+                    PushObjectRequest(
+                        node=grid.node,
+                        run_id=grid.run.run_id,
+                        object_id=name,
+                        object_content=self._sent[name][1],
+                        session_id=response.session_id,
+                    )
+                )
         self.forget(set(names) - set(response.message_ids))
         return list(response.message_ids)
+
+
+def _taken(push: Callable[[list[T]], Iterable[str]], messages: list[T]) -> list[str]:
+    """Their ids; empty ones if the SuperLink broke off, so that the sites are asked again.
+
+    All messages of a call share what a SuperLink notes about pieces that are still to come, and a
+    site that names a piece of the run's in its reply makes it forget that.
+    """
+    try:
+        return list(push(messages)) if messages else []
+    except (ObjectPushError, httpx.HTTPStatusError) as error:
+        log.warning("requests were not taken: %s", error, extra={"action": "lost"})
+        return [""] * len(messages)
 
 
 def _is_small(message: Message) -> bool:

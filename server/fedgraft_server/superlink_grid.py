@@ -234,7 +234,7 @@ class SuperlinkGrid(Grid):
                 node = self._accept(reply, owing)
                 if node is None:
                     continue
-                del owing[node]
+                self._requests.forget(owing.pop(node).ids)
                 replied, heard = replied + 1, self._clock()
                 self._silent.discard(node)
                 if replied == self._enough:
@@ -292,6 +292,9 @@ class SuperlinkGrid(Grid):
         left = end - self._clock()
         if not owing or left <= 0:
             return
+        for node, asked in owing.items():
+            if asked.attempts:  # perhaps an older daemon is back, which reads no announcements
+                self._replies.able.discard(node)
         copies = [_copy(asked.message, left) for asked in owing.values()]
         for (node, asked), name in zip(owing.items(), self.push_messages(copies), strict=True):
             asked.attempts += 1
@@ -318,7 +321,7 @@ class SuperlinkGrid(Grid):
             return None
         if not is_settled:
             log.info("an earlier reply came again", extra={"action": "lost", "site": node})
-            owing[node].lost = True
+            owing[node].lost, owing[node].sent = True, float("-inf")
             owing[node].ids.discard(name)
             return None
         if reply.metadata.src_node_id != node:

@@ -11,13 +11,14 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.recorddict_pb2 import RecordDict
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -27,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgraft_client.identity import Identity
+from fedgraft_common.inline import SMALL
 from fedgraft_server.bell import Bells
 from fedgraft_server.gateway import _FORWARDED, FLEET_CALLS
 
@@ -503,9 +505,9 @@ def test_runs_hear_of_each_piece_of_a_reply(federation: Federation, north: Ident
             assert bells.answered.rung() > last
             last = bells.answered.rung()
         assert connection.ask(PULL)[0] == 200
-        assert connection.ask("/v1/fleet/push-messages", pushed(7))[0] == 200
+        assert connection.ask("/v1/fleet/push-messages", pushed())[0] == 200
         assert bells.answered.rung() == last  # what was announced is still to come
-        assert connection.ask("/v1/fleet/push-messages", pushed(7, content=True))[0] == 200
+        assert connection.ask("/v1/fleet/push-messages", pushed(content=6))[0] == 200
         end = time.monotonic() + 10
         while bells.answered.rung() == last and time.monotonic() < end:
             time.sleep(0.001)
@@ -530,14 +532,14 @@ def test_rate_limit_is_per_site(
 # --- what
 
 
-def pushed(source: int, sender: int = 7, content: bool = False) -> bytes:
-    items = [RecordDict.Item(key="status")] if content else []
+def pushed(source: int = 7, content: int = 0, roots: Sequence[str] = ("m",)) -> bytes:
+    """A reply of node 7, as it would announce it."""
+    items = [RecordDict.Item(key="s" * content)] if content else []
+    metadata = Metadata(src_node_id=source, message_id="m", reply_to_message_id="r")
     request = PushMessagesRequest(
-        node=Node(node_id=sender),
-        messages_list=[
-            Message(metadata=Metadata(src_node_id=sender)),
-            Message(metadata=Metadata(src_node_id=source), content=RecordDict(items=items)),
-        ],
+        node=Node(node_id=7),
+        messages_list=[Message(metadata=metadata, content=RecordDict(items=items))] * len(roots),
+        message_object_trees=[ObjectTree(object_id=root) for root in roots],
     )
     body: bytes = request.SerializeToString()
     return body
@@ -546,12 +548,26 @@ def pushed(source: int, sender: int = 7, content: bool = False) -> bytes:
 def test_nobody_speaks_in_anothers_name(
     federation: Federation, north: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
+    others = (
+        pushed(8), b"\xff\xff", pushed(roots=()), pushed(roots=("m", "m")), pushed(roots=("x",)),
+        pushed(roots=("r",)), pushed().replace(b"\x01m", b"\x01r"),
+    )  # fmt: skip
     with Connection(federation, north) as connection:
-        assert connection.ask("/v1/fleet/push-messages", pushed(7))[0] == 200
-        assert connection.ask("/v1/fleet/push-messages", pushed(8))[0] == 400
-        assert connection.ask("/v1/fleet/push-messages", b"\xff\xff")[0] == 400
-    assert [request["body"] for request in federation.upstream.seen] == [pushed(7)]
-    assert len(logged(caplog, "refuse-message")) == 2
+        assert connection.ask("/v1/fleet/push-messages", pushed())[0] == 200
+        for body in others:
+            assert connection.ask("/v1/fleet/push-messages", body)[0] == 400
+    assert [request["body"] for request in federation.upstream.seen] == [pushed()]
+    assert len(logged(caplog, "refuse-message")) == len(others)
+
+
+def test_a_large_content_does_not_travel_in_an_announcement(
+    federation: Federation, north: Identity
+) -> None:
+    """The SuperLink would take it apart, entry by entry, before anybody asks for it."""
+    with Connection(federation, north) as connection:
+        assert connection.ask("/v1/fleet/push-messages", pushed(content=SMALL - 100))[0] == 200
+        assert connection.ask("/v1/fleet/push-messages", pushed(content=SMALL))[0] == 413
+        assert connection.ask("/v1/fleet/push-messages", pushed())[0] == 200
 
 
 def test_flowers_refusals_come_back_and_its_private_headers_do_not(

@@ -27,7 +27,7 @@ from flwr.proto.fleet_pb2 import (
     RegisterNodeFleetRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import PullObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
@@ -177,13 +177,14 @@ def test_the_calls_of_a_round_go_over_grpc(server: Server, north: Identity) -> N
     """Flower calls HTTP paths in its log, and gRPC's by name: none of these is among the paths."""
     with active(server, north) as (client, node):
         client.PullMessages(PullMessagesRequest(node=node))
-        missing = PullObjectRequest(node=node, run_id=1, object_id="0" * 64)
+        missing = ConfirmMessageReceivedRequest(node=node, run_id=1, message_object_id="0" * 64)
         with pytest.raises(httpx.HTTPStatusError) as caught:  # there is no such run
-            client.PullObject(missing)
+            client.ConfirmMessageReceived(missing)
     assert caught.value.response.json() == {"detail": INTERNAL_SERVER_ERROR_MESSAGE}
     log = server.log.read_text()
     assert "/v1/fleet/activate-node" in log
-    assert "/v1/fleet/pull-" not in log
+    assert "/v1/fleet/pull-messages" not in log
+    assert "/v1/fleet/confirm-message-received" not in log
 
 
 # --- attackers

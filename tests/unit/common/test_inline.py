@@ -70,10 +70,18 @@ def test_each_text_has_its_own_place_holder() -> None:
     assert len({place_holder(text)[0] for text in ("a", "b", "ab", "")}) == 4
 
 
-@pytest.mark.parametrize("limits", [MessageLimits(bytes=200), MessageLimits(objects=0)])
+@pytest.mark.parametrize("limits", [MessageLimits(bytes=200), MessageLimits(objects=4)])
 def test_more_than_allowed_is_not_opened(limits: MessageLimits) -> None:
     with pytest.raises(MessageError):
         opened(announced(), limits)
+    assert opened(announced(), MessageLimits(objects=5))
+
+
+def test_what_is_larger_than_an_announcement_is_not_opened() -> None:
+    large = message_to_proto(message(SMALL // 4))
+    with pytest.raises(MessageError):
+        opened(large, LIMITS)
+    assert opened(large, LIMITS, most=2 * SMALL)
 
 
 @given(st.data())

@@ -76,4 +76,4 @@ def test_a_parcel_of_a_million_arrays_is_not_opened() -> None:
     assert content is not None
     with pytest.raises(MessageError, match="a message as Flower builds them"):
         unwrap("name", content, MessageLimits(objects=8))
-    assert len(unwrap("name", content, MessageLimits(objects=9)).content["adapter"]) == 9
+    assert len(unwrap("name", content, MessageLimits(objects=20)).content["adapter"]) == 9

@@ -35,9 +35,12 @@ BODY = PullMessagesRequest(node=Node(node_id=7)).SerializeToString()
 HEADERS = {
     b"flwr-public-key": base64.b64encode(b"key"),
     b"flwr-signature": base64.b64encode(b"\x00\xff"),
-    b"flwr-timestamp": b"now",
+    b"flwr-timestamp": b"2026-01-02T03:04:05+00:00",
     b"content-type": b"application/x-protobuf",
 }
+
+
+TIMES = (b"\xff", b"now", b"2026-01-02T03:04:05", b"2026-01-02T03:04:05+00:00\t", b"\x01")
 
 
 def test_flower_has_what_is_used_here() -> None:
@@ -72,7 +75,9 @@ def ask(
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     monkeypatch.setattr(
-        grpc.aio, "secure_channel", lambda address, _, options: grpc.aio.insecure_channel(address)
+        grpc.aio,
+        "secure_channel",
+        lambda address, _, options: grpc.aio.insecure_channel(address, options=options),
     )
 
     async def main() -> list[Any]:
@@ -102,7 +107,7 @@ def test_a_call_passes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (method, body) == ("/flwr.proto.Fleet/PullMessages", BODY)
     assert metadata["flwr-public-key-bin"] == b"key"
     assert metadata["flwr-signature-bin"] == b"\x00\xff"
-    assert metadata["flwr-timestamp"] == "now"
+    assert metadata["flwr-timestamp"] == "2026-01-02T03:04:05+00:00"
     assert "content-type" not in metadata
 
 
@@ -149,9 +154,17 @@ def test_what_is_unreadable_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch, handler,
         (PULL, HEADERS, b"\xff\xff"),
         (PULL, HEADERS | {b"flwr-signature": b"?"}, BODY),
-        (PULL, HEADERS | {b"flwr-timestamp": b"\xff"}, BODY),
+        *((PULL, HEADERS | {b"flwr-timestamp": time}, BODY) for time in TIMES),
+        (PULL, HEADERS | {b"flwr-package-name": b"a\tb"}, BODY),
     )  # fmt: skip
-    assert [answer.status for answer in found] == [400, 401, 401]
+    assert [answer.status for answer in found] == [400] + [401] * 7
+
+
+def test_a_proxy_for_the_internet_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    [found] = ask(monkeypatch, lambda body, _: body, (PULL, HEADERS, BODY))
+    assert found.status == 200
 
 
 def test_nobody_there() -> None:

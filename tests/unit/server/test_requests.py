@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -13,8 +14,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 from flwr.proto.runtime_pb2 import PushAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -36,8 +36,12 @@ class Api:
         self.sent: list[Message] = []
         self.objects: dict[str, bytes] = {}
         self.refused: set[int] = set()
+        self.is_forgetful = False
+        self.broken: Exception | None = None
 
     def PushMessages(self, request: Any) -> PushAppMessagesResponse:  # noqa: N802
+        if self.broken is not None:
+            raise self.broken
         ids, wanted = [], []
         for message, tree in zip(request.messages_list, request.message_object_trees, strict=True):
             node = message.metadata.dst_node_id
@@ -52,6 +56,8 @@ class Api:
 
     def PushObject(self, request: Any) -> PushObjectResponse:  # noqa: N802
         assert (request.session_id, request.run_id) == ("s", 1)
+        if self.is_forgetful:
+            return PushObjectResponse(stored=False)
         self.objects[request.object_id] = request.object_content
         return PushObjectResponse(stored=True)
 
@@ -84,11 +90,7 @@ def test_flower_has_what_is_used_here() -> None:
         assert list(inspect.signature(getattr(RuntimeHttpClient, call)).parameters) == [
             "self", "request"
         ]  # fmt: skip
-    parameters = inspect.signature(make_push_object_fn_protobuf).parameters
-    assert {"push_object_protobuf", "node", "run_id", "session_id"} <= set(parameters)
-    assert list(inspect.signature(push_object_contents_from_iterable).parameters)[:2] == [
-        "object_contents", "push_object_fn"
-    ]  # fmt: skip
+    assert issubclass(ObjectPushError, Exception)
 
 
 def reply_to(request: Message) -> Message:
@@ -160,3 +162,14 @@ def test_a_message_that_was_not_taken_has_no_id(api: Api, requests: Requests) ->
     assert first
     assert not second
     assert third
+
+
+def test_a_superlink_that_forgets_a_push_does_not_end_the_run(api: Api, requests: Requests) -> None:
+    """A site whose reply names an object of the run's makes it forget."""
+    api.is_forgetful = True
+    assert requests.push(messages(2), able=set()) == ["", ""]
+    announced = requests.push(messages(2), able={2, 3})
+    assert all(announced)  # nobody reads a place holder
+    answer = httpx.Response(500, request=httpx.Request("POST", "https://superlink"))
+    api.broken = httpx.HTTPStatusError("500", request=answer.request, response=answer)
+    assert requests.push(messages(2), able={2}) == ["", ""]
