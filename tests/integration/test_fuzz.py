@@ -691,7 +691,11 @@ def gateway_http(data: bytes) -> None:
 def gateway_examples() -> list[bytes]:
     key = base64.b64encode(public_pem(NODE_KEY.public_key()).encode())
     made = message_to_proto(_message(RecordDict(), NODE, 1, "r1"))
-    push = PushMessagesRequest(node=Node(node_id=NODE), messages_list=[made]).SerializeToString()
+    made.metadata.message_id = "m"
+    push = PushMessagesRequest(
+        node=Node(node_id=NODE), messages_list=[made],
+        message_object_trees=[ObjectTree(object_id="m")],
+    ).SerializeToString()  # fmt: skip
     signing = _request("north", _identity()[0]).encode()
 
     def call(path: bytes, body: bytes, method: bytes = b"POST") -> bytes:
