@@ -6,7 +6,7 @@ and it hands that back as it came; so a small message needs no further call.
 
 An announcement must name one object at least, its message's own. Here that is a place holder, a few
 bytes that say nothing. It is kept as long as its run and can be announced again and again: the
-SuperLink then asks for no object, and nothing is left to be deleted.
+SuperLink then asks for no object, and nothing has to be deleted.
 """
 
 from __future__ import annotations
