@@ -58,7 +58,7 @@ def test_documented_families_are_those_that_run() -> None:
     assert list(documented()) == [family.name for family in FAMILIES]
 
 
-def test_the_readme_says_it_in_brief() -> None:
+def test_the_readme_says_it_in_brief_and_family_by_family() -> None:
     readme = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
     shown = readme.split("<!-- support -->")[1].split("<!-- /support -->")[0]
     assert shown.strip() == brief(read(DOCUMENT.read_text(encoding="utf-8"))).strip()
@@ -66,6 +66,8 @@ def test_the_readme_says_it_in_brief() -> None:
     assert list(lines) == ["takes", *dict.fromkeys(family.modality for family in FAMILIES)]
     assert "Faster R-CNN" in lines["image"][1] and "prompt" in lines["text"][2]
     assert "prefix" in lines["text"][3]  # DistilBERT's attention does not take it
+    whole = DOCUMENT.read_text(encoding="utf-8")
+    assert whole[whole.index("| family |") :].strip() in readme
 
 
 @pytest.mark.parametrize("name", QUICK)
