@@ -41,6 +41,8 @@ class Patience:
         poll: between two looks for replies in the first seconds of a round.
         idle: between two looks at most.
         heard: between two looks, where a gateway rings when a reply came.
+        gather: between two looks at least, where it rings and several sites owe replies: one look
+            takes them all, and costs the SuperLink as much as a reply does.
         share: part of the time since the last reply that may pass between two looks.
         census: between two looks at which sites are connected.
         again: after which a connected site whose request was lost is asked again.
@@ -53,6 +55,7 @@ class Patience:
     poll: float = 0.05
     idle: float = 2.0
     heard: float = 0.5
+    gather: float = 0.03
     share: float = 0.01
     census: float = 2.0
     again: float = 5.0
@@ -222,13 +225,18 @@ class SuperlinkGrid(Grid):
         end = float("inf") if timeout is None else start + timeout
         owing = {message.metadata.dst_node_id: Asked(message) for message in messages}
         connected = self._census()
+        rung = self._rung()
         self._ask(owing, connected, end)
         self._replies.tidy()
+        if rung > 0:  # nobody has replied yet
+            self._rest(min(self._patience.heard, max(end - self._clock(), 0.0)), rung)
         replied = 0
         heard = seen = start  # last reply; last time that a site which owes one was connected
         had_enough = float("inf")  # clock at the reply that made it enough
         is_quick = all(a.message.metadata.message_type in QUICK for a in owing.values())
         while owing:
+            if rung > 0 and len(owing) > 1:
+                self._sleep(min(self._patience.gather, max(end - self._clock(), 0.0)))
             rung = self._rung()
             for reply in self.pull_messages({name for a in owing.values() for name in a.ids}):
                 node = self._accept(reply, owing)

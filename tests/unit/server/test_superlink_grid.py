@@ -151,6 +151,28 @@ def test_looks_are_close_together_at_first() -> None:
     assert len(link.slept) < 2000
 
 
+class Ringing:
+    """A bell that is rung when a reply is due, on the grid's clock."""
+
+    def __init__(self, link: Superlink) -> None:
+        self.link = link
+        self.answered = self.asked = self
+
+    def rung(self) -> int:
+        return 1 + sum(node.delay <= self.link.now for node in self.link.nodes.values())
+
+    def ring(self) -> None: ...
+
+
+def test_with_a_bell_it_looks_when_replies_have_come_and_takes_several_at_once() -> None:
+    link = Superlink({1: Node(0.1), 2: Node(0.11), 3: Node(0.12), 4: Node(0.4)})
+    bells: Any = Ringing(link)
+    grid = grid_over(link, bells=bells)
+    assert nodes_of(grid.receive(requests(grid))) == [1, 2, 3, 4]
+    assert len(link.pulled) == 2
+    assert link.now < 0.42
+
+
 def test_adapters_travel_packed_and_once() -> None:
     link = Superlink({1: Node(), 2: Node()})
     grid = grid_over(link)
