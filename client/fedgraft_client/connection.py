@@ -1,4 +1,4 @@
-"""A site's line to the server: Flower's Fleet calls, and the only file here that knows them.
+"""A site's line to the server; long, for only this file here knows Flower's Fleet calls.
 
 Flower's own `http_request_response` ends the process when it cannot connect, and interrupts it
 when a heartbeat is not let in. A site that must come back after every failure cannot use that, so

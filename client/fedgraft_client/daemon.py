@@ -79,7 +79,6 @@ class Pace:
         first_retry: upper bound of the first wait after a failure; it doubles from there.
         last_retry: upper bound of any wait after a failure.
         drain: how long a draining daemon tries to deliver its last reply.
-        tidy: between two times that it gives memory back, at least; that takes milliseconds.
     """
 
     hold: float = 2.0
@@ -89,7 +88,6 @@ class Pace:
     first_retry: float = 1.0
     last_retry: float = 60.0
     drain: float = 30.0
-    tidy: float = 30.0
 
     def question(self, quiet: float) -> float:
         """Seconds until the next question, when nothing came for `quiet` seconds."""
@@ -121,7 +119,6 @@ class Daemon:
         health: its account of itself.
         on_change: called after `health` changed; writes the status file.
         on_answer: told about each answer: Flower's message type, status and seconds it took.
-        tidy: gives memory back; called after a reply has left, when nobody waits for this site.
         is_outdated: whether the connection is to be made anew; asked when there is nothing to do.
         clock: monotonic seconds.
         wall: seconds since the epoch.
@@ -136,7 +133,6 @@ class Daemon:
     health: Health = field(default_factory=Health)
     on_change: Callable[[Health], None] = lambda _: None
     on_answer: Callable[[str, Status, float], None] = lambda *_: None
-    tidy: Callable[[], None] = lambda: None
     is_outdated: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
@@ -145,7 +141,6 @@ class Daemon:
     _stopping: float | None = None  # when it was asked to stop
     _pending: Outgoing | None = None
     _failures: int = 0
-    _next_tidy: float = 0.0
 
     def stop(self) -> None:
         """Finish the round under way, send its reply, then return from `run`."""
@@ -181,7 +176,6 @@ class Daemon:
             while True:
                 if self._pending is not None:
                     self._deliver(connection)
-                    self._tidy_up()
                 if self._stopping is not None:
                     return
                 pause = self.pace.question(self.clock() - heard)
@@ -249,11 +243,6 @@ class Daemon:
             self._note(error, "drop")
         self._pending = None
         self._enter(State.WAITING, connected=True)
-
-    def _tidy_up(self) -> None:
-        if self.clock() >= self._next_tidy:
-            self.tidy()
-            self._next_tidy = self.clock() + self.pace.tidy
 
     def _done(self) -> bool:
         if self._stopping is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +17,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from fedgraft_client.device_memory import (
-    in_chunks,
-    limit_memory,
-    return_freed,
-)
+from fedgraft_client.device_memory import in_chunks, limit_memory, return_freed
 from fedgraft_client.gradients import CHECK_RECORDS, Engine, Verdict, choose_engine
 from fedgraft_client.head import LinearHead
 from fedgraft_client.prefix import Cached, Prefix
@@ -37,6 +34,7 @@ CHUNK = 256  # records that go through the frozen part at once
 BENCHES = 4  # models kept warm; a server that names more gets the oldest replaced
 SMALL = 2_000_000  # parameters below which waking a second thread costs more than it saves
 THREADS = torch.get_num_threads()
+REST = 30.0  # seconds after which freed memory goes back to the system; that takes milliseconds
 KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 """Compiled kernels that oneDNN keeps (0.1 MiB each) and descriptions of matrix products that
 PyTorch keeps (0.3 MiB each, per thread): the latest, where both would keep 1,024."""
@@ -181,6 +179,7 @@ class Workbench:
         self.adapted.to(device)
         self.dtype = frozen_dtype(plan.backbone.frozen_dtype, device)
         size = sum(parameter.numel() for parameter in self.adapted.parameters())
+        self._rested = time.monotonic()
         self._grows = device.type == "cpu" and size >= SMALL
         if device.type == "cpu":
             allow_onednn_products()
@@ -249,9 +248,10 @@ class Workbench:
         return fixed_point(plan, sum(math.prod(spec.shape) for spec in self.adapted.schema))
 
     def rest(self) -> None:
-        """Gives back what the last batches took; for large models on a CPU."""
-        if self._grows:
+        """Gives back what the last batches took: large models on a CPU at once, others at times."""
+        if self._grows or time.monotonic() - self._rested >= REST:
             return_freed()
+            self._rested = time.monotonic()
 
     def release(self) -> None:
         """Detaches the gradient engine; the next `trainer` checks and attaches one again."""

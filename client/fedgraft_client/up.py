@@ -22,7 +22,6 @@ from fedgraft_client.backbone_fetch import Credentials, plan_backbone
 from fedgraft_client.blob_store import BlobStore
 from fedgraft_client.connection import Dialler, FleetConnection
 from fedgraft_client.daemon import Abandoned, Daemon, Pace
-from fedgraft_client.device_memory import return_freed
 from fedgraft_client.identity import Identity, load_identity, renew_if_due
 from fedgraft_client.monitoring import monitored
 from fedgraft_client.opening import open_site
@@ -155,7 +154,6 @@ def resident(
                 link,
                 client_app(lambda _: site),
                 pace=pace or Pace(),
-                tidy=return_freed,
                 is_outdated=link.is_outdated,
             )
             with monitored(daemon, file, home / "status.json", site.store.ledger.spent):

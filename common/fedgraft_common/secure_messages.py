@@ -1,4 +1,4 @@
-"""What sites and server send each other for secure aggregation, each as canonical bytes.
+"""What is sent for secure aggregation, as canonical bytes; long, for each is described here.
 
     set-up   site -> server   Advertisement   its public keys for every round, signed
              server -> site   Roster          everybody's advertisement

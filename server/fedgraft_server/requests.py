@@ -66,7 +66,10 @@ class Requests:
                     announced[place] = one
         plain = [message for place, message in enumerate(messages) if place not in announced]
         ids = iter(_taken(self._grid.push_messages, plain))
-        sent = iter(_taken(self._push, list(announced.values())))
+        inline = list(announced.values())
+        names = _taken(self._push, inline)
+        self.forget({m.metadata.message_id for m in inline} - set(names))
+        sent = iter(names)
         return [next(sent) if place in announced else next(ids) for place in range(len(messages))]
 
     def settle(self, reply: Message) -> bool:
@@ -123,7 +126,6 @@ class Requests:
                         session_id=response.session_id,
                     )
                 )
-        self.forget(set(names) - set(response.message_ids))
         return list(response.message_ids)
 
 
@@ -136,6 +138,8 @@ def _taken(push: Callable[[list[T]], Iterable[str]], messages: list[T]) -> list[
     try:
         return list(push(messages)) if messages else []
     except (ObjectPushError, httpx.HTTPStatusError) as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+            raise  # the run is over, say
         log.warning("requests were not taken: %s", error, extra={"action": "lost"})
         return [""] * len(messages)
 

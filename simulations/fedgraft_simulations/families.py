@@ -1,4 +1,4 @@
-"""Small backbones of every family: random configurations, and real weights where they are there.
+"""Small backbones of every family, random or with real weights; long, for families are many.
 
 A support matrix and tests need each architecture, not its knowledge, so the networks are drawn
 at random in the smallest size that still has all of the family's parts, and saved in the form in

@@ -1,4 +1,4 @@
-"""What is under deploy/: container files, chart, units, dashboard and the operator's guide.
+"""What is under deploy/: containers, chart, units, dashboard, guide. Long, for it is all of it.
 
 No container or cluster runs here. hadolint reads the Dockerfiles, Helm itself renders the chart
 and systemd-analyze reads the units, where they are installed; beyond that the files are held

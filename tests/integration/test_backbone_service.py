@@ -1,4 +1,4 @@
-"""Backbones over real mutual TLS on loopback: what works, and what is refused."""
+"""Backbones over real mutual TLS: what works, what is refused. Long, for refusals are many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway's rules over real TLS, with a stand-in for the SuperLink that notes what arrives."""
+"""The gateway's rules over real TLS, with a stand-in for the SuperLink. Long: rules are many."""
 
 from __future__ import annotations
 

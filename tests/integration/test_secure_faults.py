@@ -1,5 +1,7 @@
-"""Sites that fail or cheat in a run under secure aggregation: the others go on, or learn whom to
-leave out; and nothing but sums comes out."""
+"""Sites that fail or cheat under secure aggregation. Long, for each point of failure is a case.
+
+The others go on, or learn whom to leave out; and nothing but sums comes out.
+"""
 
 from __future__ import annotations
 

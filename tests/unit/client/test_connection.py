@@ -1,4 +1,4 @@
-"""The site's line to the server: what it uses of Flower 1.41, and how it takes a bad server."""
+"""The site's line: what it uses of Flower 1.41. Long, for bad servers are of many kinds."""
 
 from __future__ import annotations
 

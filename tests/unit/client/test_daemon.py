@@ -138,18 +138,6 @@ def test_requests_are_answered_one_by_one_over_one_connection() -> None:
     assert not made.health.connected
 
 
-def test_memory_is_given_back_now_and_then_after_a_reply_has_left() -> None:
-    world = World(request(1), request(2), None, *[None] * 40, request(3))
-    made = daemon(world, pace=Pace(poll=1.0, share=0.0))
-    world.idle = made.stop
-    tidied: list[tuple[float, int]] = []
-    made.tidy = lambda: tidied.append((world.now, len(world.sent)))
-    made.run()
-    assert len(world.sent) == 3
-    assert [sent for _, sent in tidied] == [1, 3]
-    assert tidied[1][0] - tidied[0][0] >= Pace().tidy
-
-
 def test_questions_are_close_together_and_grow_apart_in_silence() -> None:
     pace = Pace(poll=0.1, idle=5.0, share=0.01)
     assert pace.question(0) == pace.question(10) == 0.1

@@ -248,11 +248,14 @@ def test_freed_memory_goes_back_to_the_system() -> None:
         libc.free(piece)
 
 
-@pytest.mark.parametrize(("large", "times"), [(True, 1), (False, 0)])
-def test_a_large_model_gives_memory_back_after_a_round(
-    vit_directory: Path, large: bool, times: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("large", "rest", "times"), [(True, 60.0, 1), (False, 60.0, 0), (False, 0.0, 1)]
+)
+def test_a_large_model_gives_memory_back_after_a_round_and_others_at_times(
+    vit_directory: Path, large: bool, rest: float, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
+    monkeypatch.setattr(runtime_module, "REST", rest)
     monkeypatch.setattr(runtime_module, "SMALL", 0 if large else 10**9)
     monkeypatch.setattr(runtime_module, "return_freed", lambda: asked.append(1))
     changes = {"backbone.source": f"dir:{vit_directory}", "adapter.layers": "last:1"}

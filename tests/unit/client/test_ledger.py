@@ -1,4 +1,4 @@
-"""A ledger that was changed, cut, rolled back or shared is noticed; nothing is under-counted."""
+"""A ledger changed, cut, rolled back or shared is noticed. Long, as the ledger is one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site says, what it never says, and what it remembers."""
+"""What a site says, never says and remembers. Long, as all that a site does is in one file."""
 
 from __future__ import annotations
 

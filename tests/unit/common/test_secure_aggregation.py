@@ -1,4 +1,4 @@
-"""The protocol: sums are exact, inputs are hidden, and every deviation is refused."""
+"""The protocol: exact sums, hidden inputs, refused deviations. Long: the protocol is one file."""
 
 from __future__ import annotations
 

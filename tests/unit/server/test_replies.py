@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
@@ -149,12 +150,15 @@ def parcel(api: Api, node: int, **forged: Any) -> Message:
         _src_node_id=node, _reply_to_message_id="r1", _run_id=1, _message_id=name
     )  # fmt: skip
     api.objects = {name: content}
-    announced = message_to_proto(make_message(metadata=sent.metadata, content=RecordDict()))
-    response = PullAppMessagesResponse(
-        messages_list=[announced], message_object_trees=[ObjectTree(object_id=name)]
-    )
-    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    bare = message_to_proto(make_message(metadata=sent.metadata, content=RecordDict()))
+    answer_with(api, bare, ObjectTree(object_id=name))
     return sent
+
+
+def answer_with(api: Api, announced: ProtoMessage, tree: ObjectTree) -> None:
+    """What the next question for replies finds."""
+    response = PullAppMessagesResponse(messages_list=[announced], message_object_trees=[tree])
+    api.PullMessages = lambda request: response  # type: ignore[method-assign]
 
 
 def test_a_reply_may_come_as_one_object(api: Api, replies: Replies) -> None:
@@ -172,10 +176,7 @@ def announced(api: Api, node: int) -> Message:
     announcement = announce(sent, name)
     assert announcement is not None
     api.objects.clear()
-    response = PullAppMessagesResponse(
-        messages_list=[announcement], message_object_trees=[ObjectTree(object_id=name)]
-    )
-    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    answer_with(api, announcement, ObjectTree(object_id=name))
     return sent
 
 
@@ -231,8 +232,7 @@ def test_nobody_answers_for_somebody_else(api: Api, replies: Replies, fact: str)
         group_id="", created_at=1e9, ttl=1e9, message_type="train",
     )  # fmt: skip
     announced = message_to_proto(make_message(metadata=metadata, content=RecordDict()))
-    response = PullAppMessagesResponse(messages_list=[announced], message_object_trees=[tree])
-    api.PullMessages = lambda request: response  # type: ignore[method-assign]
+    answer_with(api, announced, tree)
     [found] = replies.collect(["r1"])
     assert (found.metadata.src_node_id, found.metadata.reply_to_message_id) == (3, "r1")
     assert read_status(found) is Status.FAILED

@@ -170,6 +170,18 @@ def test_a_superlink_that_forgets_a_push_does_not_end_the_run(api: Api, requests
     assert requests.push(messages(2), able=set()) == ["", ""]
     announced = requests.push(messages(2), able={2, 3})
     assert all(announced)  # nobody reads a place holder
-    answer = httpx.Response(500, request=httpx.Request("POST", "https://superlink"))
-    api.broken = httpx.HTTPStatusError("500", request=answer.request, response=answer)
+    waiting = dict(requests._sent)
+    api.broken = status_error(500)
     assert requests.push(messages(2), able={2}) == ["", ""]
+    assert requests._sent == waiting
+
+
+def test_a_superlink_that_refuses_a_run_ends_it(api: Api, requests: Requests) -> None:
+    api.broken = status_error(403)
+    with pytest.raises(httpx.HTTPStatusError):
+        requests.push(messages(1), able={2})
+
+
+def status_error(status: int) -> httpx.HTTPStatusError:
+    answer = httpx.Response(status, request=httpx.Request("POST", "https://superlink"))
+    return httpx.HTTPStatusError(str(status), request=answer.request, response=answer)
