@@ -456,7 +456,6 @@ def _spoken_for_itself(body: bytes) -> PushMessagesRequest | None:
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         return None
     metadata, root = request.messages_list[0].metadata, request.message_object_trees[0].object_id
-    is_own = metadata.src_node_id == request.node.node_id
-    return (
-        request if is_own and root == metadata.message_id != metadata.reply_to_message_id else None
-    )
+    speaks = metadata.src_node_id == request.node.node_id
+    names_its_own = root == metadata.message_id != metadata.reply_to_message_id
+    return request if speaks and names_its_own else None

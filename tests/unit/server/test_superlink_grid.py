@@ -243,6 +243,41 @@ def test_a_reply_that_a_dying_superlink_had_handed_out_is_asked_for_again() -> N
     assert link.now < 15.0
 
 
+def test_a_reply_to_an_earlier_request_has_its_site_asked_again_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = Superlink({1: Node(0.5), 2: Node(0.5)})
+    grid = grid_over(link)
+    verdicts = [False]
+    monkeypatch.setattr(
+        grid._requests, "settle", lambda reply: verdicts.pop() if verdicts else True
+    )
+    assert sorted(nodes_of(grid.receive(requests(grid), timeout=60))) == [1, 2]
+    assert sorted(len(node.seen) for node in link.nodes.values()) == [1, 2]
+    assert link.now < 2 + 1  # with the next census, not after `again`
+
+
+def test_a_site_that_is_asked_again_gets_the_form_that_every_site_can_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = Superlink({1: Node(3.0, offline=(1.0, 4.0)), 2: Node(0.5)})
+    grid = grid_over(link)
+    grid._replies.able |= {1, 2}
+    pushed: list[tuple[set[int], set[int]]] = []
+    push, forgotten = grid._requests.push, set()
+
+    def note(messages: list[Message], able: set[int]) -> list[str]:
+        pushed.append(({m.metadata.dst_node_id for m in messages}, set(able)))
+        return push(messages, able)
+
+    monkeypatch.setattr(grid._requests, "push", note)
+    monkeypatch.setattr(grid._requests, "forget", lambda ids: forgotten.update(ids))
+    assert nodes_of(grid.receive(requests(grid), timeout=60)) == [2, 1]
+    assert pushed[0] == ({1, 2}, {1, 2})
+    assert pushed[1:] == [({1}, {2})]
+    assert forgotten == {"1-0", "1-1", "2-0"}  # nothing is kept of a round that is over
+
+
 def test_a_site_that_was_away_is_asked_when_it_connects() -> None:
     link = Superlink({1: Node(1.0), 2: Node(1.0, offline=(0.0, 20.0))})
     grid = grid_over(link)
