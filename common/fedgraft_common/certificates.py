@@ -16,7 +16,10 @@ from fedgraft_common.errors import IdentityError
 
 MAX_PEM: Final = 64 * 1024
 """Bytes; a chain of certificates is far below it."""
-UNREADABLE: Final = (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm)
+UNREADABLE: Final = (
+    ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm,
+    x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 """What `cryptography` raises for keys and certificates that are damaged or of no kind it knows.
 
 Much is read when it is asked for, not when it is loaded: `public_key()` may raise each of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import ssl
 from typing import Any
 
 import pytest
@@ -61,6 +62,15 @@ def test_any_other_is_refused_before_anything_is_written(
     content, ca = answer
     with pytest.raises(IdentityError, match=text):
         _joined(content | change, KEY, ca)
+
+
+def test_a_certificate_of_a_version_that_does_not_exist(answer: tuple[dict[str, Any], Any]) -> None:
+    content, ca = answer
+    der = ssl.PEM_cert_to_DER_cert(content["certificate"])
+    assert der.count(b"\xa0\x03\x02\x01\x02") == 1
+    odd = ssl.DER_cert_to_PEM_cert(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x03"))
+    with pytest.raises(IdentityError, match="an incomplete answer"):
+        _joined(content | {"certificate": odd}, KEY, ca)
 
 
 def test_a_certificate_for_another_key(answer: tuple[dict[str, Any], Any]) -> None:
